@@ -1,0 +1,1 @@
+"""Fine-tune BERT-family encoders for text classification."""

@@ -1,0 +1,82 @@
+"""What can go wrong, drawn once.
+
+    AccelTrainerError               exit code 1
+    ├── UserError                   exit code 2: one clear message, no traceback
+    │   ├── RecipeError             every mistake of a recipe, each with file, line, key and remedy
+    │   ├── DataError               the data named by the recipe, with file and row
+    │   ├── HardwareError           the accelerate config or the launch
+    │   └── RunFolderError          the output folder, or a checkpoint in it
+    ├── TrainingFailed              the run cannot go on (a loss that is not finite, …)
+    └── Interrupted                 exit code 75: a signal came, a checkpoint was saved
+
+Users' mistakes raise these; broken invariants of our own assert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_USER_MISTAKE = 2
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: "try again later", which is what a scheduler should do
+
+
+class AccelTrainerError(Exception):
+    """Base of every error this package raises on purpose."""
+
+    exit_code = EXIT_FAILED
+
+
+class UserError(AccelTrainerError):
+    """A mistake the user can mend; the message names place, value and remedy."""
+
+    exit_code = EXIT_USER_MISTAKE
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One mistake of a recipe: `file:line: section.key: what is wrong; what to do`."""
+
+    source: str  # the file as the user named it, or "command line"
+    line: int | None  # counted from 1; None for overrides and for what the file does not say
+    key: str  # dotted, "" for the file as a whole
+    what: str
+    remedy: str
+
+    def __str__(self) -> str:
+        place = self.source if self.line is None else f"{self.source}:{self.line}"
+        subject = f"{place}: {self.key}" if self.key else place
+        return f"{subject}: {self.what}; {self.remedy}" if self.remedy else f"{subject}: {self.what}"
+
+
+class RecipeError(UserError):
+    """All mistakes of one recipe at once."""
+
+    def __init__(self, mistakes: Sequence[Mistake]) -> None:
+        assert mistakes
+        self.mistakes = tuple(mistakes)
+        super().__init__("\n".join(str(mistake) for mistake in self.mistakes))
+
+
+class DataError(UserError):
+    """The data cannot be used as the recipe says."""
+
+
+class HardwareError(UserError):
+    """The launch and the accelerate config do not fit together, or not this program."""
+
+
+class RunFolderError(UserError):
+    """The output folder holds something else than the command expects."""
+
+
+class TrainingFailed(AccelTrainerError):
+    """Training cannot go on; what was saved is kept."""
+
+
+class Interrupted(AccelTrainerError):
+    """A signal asked the run to stop; a checkpoint was saved first."""
+
+    exit_code = EXIT_INTERRUPTED

@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 from typing_extensions import override
+
+from accel_trainer.splits import parse_slices
 
 # Metrics that this package ships (`metrics`), and the shorter list that `average` applies to.
 SHIPPED_METRICS = ("accuracy", "precision", "recall", "f1", "matthews_correlation")
@@ -31,6 +33,9 @@ SCHEDULER_KWARGS: dict[str, frozenset[str]] = {
     "warmup_stable_decay": frozenset({"num_decay_steps", "warmup_type", "decay_type", "min_lr_ratio", "num_cycles"}),
 }
 
+# Passed as the context of `model_validate`: leave `rules` to the caller, who wants to hear all of them at once.
+RULES_LATER = object()
+
 PositiveInt = Annotated[int, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 SplitSource = str | PositiveInt | Annotated[float, Field(gt=0, lt=1)]
@@ -42,6 +47,7 @@ class Broken(NamedTuple):
     field: str  # of the section that states the rule; dotted where it lies deeper
     what: str
     remedy: str
+    also: tuple[str, ...] = ()  # the other fields that the rule looks at; where one is faulty itself, nothing is known
 
 
 class Section(BaseModel):
@@ -54,8 +60,8 @@ class Section(BaseModel):
         yield from ()
 
     @model_validator(mode="after")
-    def _holds(self) -> Self:
-        broken = tuple(self.rules())
+    def _holds(self, info: ValidationInfo) -> Self:
+        broken = () if info.context is RULES_LATER else tuple(self.rules())
         if broken:  # all of them travel in the context, so that a reader can report each at its own line
             text = "; ".join(f"{rule.field}: {rule.what}; {rule.remedy}" for rule in broken)
             raise PydanticCustomError("rules", "{text}", {"text": text, "broken": broken})
@@ -79,13 +85,19 @@ class SplitsSection(Section):
 
     @override
     def rules(self) -> Iterator[Broken]:
-        sources = self.roles().values()
+        sources, others = self.roles().values(), ("validation", "test")
+        for role, source in self.roles().items():
+            if isinstance(source, str):
+                try:
+                    parse_slices(source)
+                except ValueError as error:
+                    yield Broken(role, str(error), "write it like train[:8000] or train[80%:], joined with +")
         if len({isinstance(source, str) for source in sources}) > 1:
-            yield Broken(
-                "train", "slices of named splits stand beside shares of one table", "use one kind for all roles"
-            )
+            mixed = "slices of named splits stand beside shares of one table"
+            yield Broken("train", mixed, "use one kind for all roles", others)
         if sum(source for source in sources if isinstance(source, float)) > 1 + 1e-9:
-            yield Broken("train", "the shares of all roles add up to more than 1", "make them add up to 1 or less")
+            much = "the shares of all roles add up to more than 1"
+            yield Broken("train", much, "make them add up to 1 or less", others)
 
 
 class DatasetSection(Section):
@@ -140,15 +152,17 @@ class DatasetSection(Section):
 
     @override
     def rules(self) -> Iterator[Broken]:
-        if self.path is None and self.data_files is None:
-            yield Broken("path", "no data are named", "give path (Hub id, folder or file) or data_files")
+        if not self.path and not self.data_files:
+            remedy = "give path (Hub id, folder or file) or data_files"
+            yield Broken("path", "no data are named", remedy, ("data_files",))
         names = self.label_names()
         if names is not None and len(names) < 2:
             yield Broken("labels", "fewer than two classes are named", "name all of them, in the order of their ids")
         elif names is not None and isinstance(self.labels, list) and len(names) < len(self.labels):
             yield Broken("labels", "a class is named twice", "give every id a name of its own")
         if self.text_pair_column == self.text_column:
-            yield Broken("text_pair_column", "it is text_column again", "name the column that holds the second text")
+            remedy = "name the column that holds the second text"
+            yield Broken("text_pair_column", "it is text_column again", remedy, ("text_column",))
 
 
 class TokenizerTraining(Section):
@@ -187,18 +201,17 @@ class ModelSection(Section):
     def rules(self) -> Iterator[Broken]:
         if (self.checkpoint is None) == (self.from_config is None):
             both = "both stand here" if self.checkpoint else "neither is given"
-            yield Broken("checkpoint", f"checkpoint or from_config: {both}", "give one: a trained model, or a new one")
+            remedy = "give one: a trained model, or a new one"
+            yield Broken("checkpoint", f"checkpoint or from_config: {both}", remedy, ("from_config",))
         if self.from_config is not None:
             if not isinstance(self.from_config.get("model_type"), str):
                 yield Broken("from_config", "model_type is missing", "add it, such as model_type: bert")
             if (self.tokenizer is None) == (self.train_tokenizer is None):
-                yield Broken(
-                    "from_config", "a new model needs a tokenizer", "give one of tokenizer and train_tokenizer"
-                )
+                remedy, others = "give one of tokenizer and train_tokenizer", ("tokenizer", "train_tokenizer")
+                yield Broken("from_config", "a new model needs a tokenizer", remedy, others)
         elif self.train_tokenizer is not None:
-            yield Broken(
-                "train_tokenizer", "it would not fit the checkpoint's embeddings", "use it with from_config only"
-            )
+            misfit = "it would not fit the checkpoint's embeddings"
+            yield Broken("train_tokenizer", misfit, "use it with from_config only", ("from_config",))
 
 
 class TrainingSection(Section):
@@ -250,21 +263,24 @@ class TrainingSection(Section):
     @override
     def rules(self) -> Iterator[Broken]:
         if self.max_steps is None and self.num_train_epochs is None:
-            yield Broken("num_train_epochs", "nothing says how long to train", "give num_train_epochs or max_steps")
+            remedy = "give num_train_epochs or max_steps"
+            yield Broken("num_train_epochs", "nothing says how long to train", remedy, ("max_steps",))
         if self.warmup_steps >= 1 and self.warmup_steps != int(self.warmup_steps):
             yield Broken(
                 "warmup_steps", f"{self.warmup_steps} is no number of steps", "give whole steps, or a share below 1"
             )
         if self.max_steps is not None and self.warmup_steps > self.max_steps:
-            yield Broken("warmup_steps", f"the warm-up is longer than max_steps, {self.max_steps}", "shorten it")
+            longer = f"the warm-up is longer than max_steps, {self.max_steps}"
+            yield Broken("warmup_steps", longer, "shorten it", ("max_steps",))
         schedule, allowed = self.lr_scheduler_type, SCHEDULER_KWARGS[self.lr_scheduler_type]
+        also = ("lr_scheduler_type",)
         for name in sorted(set(self.lr_scheduler_kwargs) - allowed):
             choice = f"it takes {', '.join(sorted(allowed))}" if allowed else "it takes no argument"
-            yield Broken("lr_scheduler_kwargs", f"{schedule} does not know {name}", choice)
+            yield Broken("lr_scheduler_kwargs", f"{schedule} does not know {name}", choice, also)
         if schedule == "warmup_stable_decay" and "num_decay_steps" not in self.lr_scheduler_kwargs:
-            yield Broken("lr_scheduler_kwargs", f"{schedule} needs num_decay_steps", "add num_decay_steps: N")
+            yield Broken("lr_scheduler_kwargs", f"{schedule} needs num_decay_steps", "add num_decay_steps: N", also)
         if schedule == "cosine_with_min_lr" and not {"min_lr", "min_lr_rate"} & set(self.lr_scheduler_kwargs):
-            yield Broken("lr_scheduler_kwargs", f"{schedule} needs min_lr or min_lr_rate", "add one of them")
+            yield Broken("lr_scheduler_kwargs", f"{schedule} needs min_lr or min_lr_rate", "add one of them", also)
 
 
 class EvaluationSection(Section):
@@ -309,9 +325,10 @@ class EvaluationSection(Section):
         produced = ["loss", *self.metrics]
         if self.best_metric not in produced:
             remedy = f"choose from {', '.join(produced)}, or add it to metrics"
-            yield Broken("metric_for_best_model", f"{self.best_metric} is not produced", remedy)
+            yield Broken("metric_for_best_model", f"{self.best_metric} is not produced", remedy, ("metrics",))
         if self.early_stopping_patience is not None and self.eval_strategy == "no":
-            yield Broken("early_stopping_patience", "there are no evaluations", "set eval_strategy to steps or epoch")
+            remedy = "set eval_strategy to steps or epoch"
+            yield Broken("early_stopping_patience", "there are no evaluations", remedy, ("eval_strategy",))
 
 
 class SavingSection(Section):
@@ -327,7 +344,8 @@ class SavingSection(Section):
     @override
     def rules(self) -> Iterator[Broken]:
         if self.save_strategy == "steps" and self.save_steps is None:
-            yield Broken("save_steps", "it is missing", "give the optimizer steps between checkpoints")
+            remedy = "give the optimizer steps between checkpoints"
+            yield Broken("save_steps", "it is missing", remedy, ("save_strategy",))
 
 
 class TrackingSection(Section):
@@ -359,10 +377,12 @@ class Recipe(Section):
         if self.dataset.splits.validation is None:
             for field in ("early_stopping_patience", "metric_for_best_model"):
                 if getattr(self.evaluation, field) is not None:
-                    yield Broken(f"evaluation.{field}", "there is no validation split", "add dataset.splits.validation")
+                    remedy, also = "add dataset.splits.validation", ("dataset.splits.validation",)
+                    yield Broken(f"evaluation.{field}", "there is no validation split", remedy, also)
         names = self.dataset.label_names()
         if self.evaluation.average == "binary" and names is not None and len(names) != 2:
-            yield Broken("evaluation.average", f"binary with {len(names)} labels", "use macro, micro or weighted")
+            remedy, also = "use macro, micro or weighted", ("dataset.labels",)
+            yield Broken("evaluation.average", f"binary with {len(names)} labels", remedy, also)
 
     @property
     def evaluates(self) -> bool:

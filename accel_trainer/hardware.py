@@ -1,0 +1,142 @@
+"""The hardware that a launch put in force: one Accelerator, checked, and described for run.json."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, gather_object
+
+from accel_trainer.batching import token_budget
+from accel_trainer.errors import HardwareError, UserError
+
+PACKAGES = ("accel_trainer", "torch", "transformers", "accelerate", "datasets", "tokenizers", "evaluate", "numpy")
+REFUSED = {
+    DistributedType.DEEPSPEED: "DeepSpeed owns the optimizer step and pickles its checkpoints; use FSDP instead",
+    DistributedType.MEGATRON_LM: "Megatron-LM owns the training loop; use FSDP instead",
+}
+
+
+def _any_accelerator() -> bool:
+    return torch.accelerator.is_available()
+
+
+def start_accelerator(report_to: list[str] | None = None, project_dir: str | Path | None = None) -> Accelerator:
+    """The one Accelerator of this process.
+
+    Raises:
+        HardwareError: the launch started other processes than the Accelerator knows of, or a plugin that this
+            program cannot keep its promise with.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        accelerator = Accelerator(
+            # Processes started on a machine without an accelerator must be told so, or each believes itself alone.
+            cpu=True if world_size > 1 and not _any_accelerator() else None,
+            # Explicit, because ACCELERATE_GRADIENT_ACCUMULATION_STEPS would override a plain argument and every
+            # backward pass would be divided by it: accumulation is this program's own arithmetic.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            step_scheduler_with_optimizer=False,
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            log_with=report_to or None,
+            project_dir=project_dir,
+        )
+    except (ValueError, ImportError) as error:
+        raise HardwareError(f"accelerate config: {error}") from error
+    if accelerator.num_processes != world_size:
+        raise HardwareError(
+            f"the launcher started {world_size} processes (WORLD_SIZE), but Accelerate runs {accelerator.num_processes} "
+            f"({accelerator.distributed_type.value}); each would train alone. Launch CPU processes with "
+            "accelerate_configs/multi_cpu.yaml, or set ACCELERATE_USE_CPU=true"
+        )
+    reason = REFUSED.get(accelerator.distributed_type)
+    if reason is not None:
+        raise HardwareError(f"accelerate config: distributed_type {accelerator.distributed_type.value}: {reason}")
+    return accelerator
+
+
+def smallest_memory(accelerator: Accelerator) -> int | None:
+    """Total memory in bytes of the smallest device of the run, None on a CPU or where it is not told."""
+    device = accelerator.device
+    own = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else -1
+    smallest = min(gather_object([own]))
+    return None if smallest < 0 else int(smallest)
+
+
+def tokens_per_device(accelerator: Accelerator, given: int | None) -> int:
+    """Token budget of a micro-batch, the same on every rank: the command line's, or derived from the device."""
+    return given or token_budget(accelerator.device.type, smallest_memory(accelerator))
+
+
+def raise_together(accelerator: Accelerator, error: UserError | None) -> None:
+    """Raise on every rank if a user's mistake showed on any, so that none waits in a collective for ever.
+
+    Raises:
+        UserError: the lowest rank's message.
+    """
+    if accelerator.num_processes == 1:
+        if error is not None:
+            raise error
+        return
+    messages = [message for message in gather_object([None if error is None else str(error)]) if message is not None]
+    if error is not None:
+        raise error
+    if messages:
+        raise UserError(messages[0])
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def git_commit(folder: Path) -> str | None:
+    """Commit of the checkout that `folder` lies in, with `+changes` where it is not clean; None outside of one."""
+    if shutil.which("git") is None:
+        return None
+
+    def git(*arguments: str) -> str | None:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=False
+        )
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    return f"{commit}+changes" if commit and git("status", "--porcelain", "--untracked-files=no") else commit
+
+
+def describe(accelerator: Accelerator) -> dict[str, Any]:
+    """What was in force, for run.json: no host name, no address, no environment but Accelerate's own settings."""
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "distributed_type": accelerator.distributed_type.value,
+        "num_processes": accelerator.num_processes,
+        "device": device.type,
+        "device_name": name,
+        "device_memory_bytes": smallest_memory(accelerator),
+        "mixed_precision": accelerator.mixed_precision,
+        "dynamo_backend": os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO"),
+        "threads_per_process": torch.get_num_threads(),
+        "accelerate_environment": {
+            name: value for name, value in sorted(os.environ.items()) if name.startswith(("ACCELERATE_", "FSDP_"))
+        },
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python, the platform and the packages that a result may depend on."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **{p: _installed(p) for p in PACKAGES},
+    }

@@ -1,0 +1,132 @@
+"""Labels: from what stands in a file to class ids 0, 1, … and names, or to one clear message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from accel_trainer.errors import DataError
+
+UNLABELLED = -1
+Labels = npt.NDArray[np.int64]
+
+# More classes than this, and nearly as many as rows: the column holds something else than labels.
+MOST_INFERRED_CLASSES = 1000
+
+
+def is_unlabelled(value: Any) -> bool:
+    """Whether a cell says "no label": null, nothing, or -1 as the public benchmarks write it for hidden labels."""
+    return value is None or value in (UNLABELLED, str(UNLABELLED)) or (isinstance(value, str) and not value.strip())
+
+
+def canonical(value: Any) -> str | int:
+    """A cell as an integer where it is one (1, 1.0, True), else as stripped text."""
+    if isinstance(value, bool | np.bool_):
+        return int(value)
+    if isinstance(value, float | np.floating) and float(value).is_integer():
+        return int(value)
+    if isinstance(value, int | np.integer):
+        return int(value)
+    return str(value).strip()
+
+
+def _as_integer(value: str | int) -> int | None:
+    if isinstance(value, int):
+        return value
+    return int(value) if value.isascii() and value.isdigit() else None
+
+
+def infer_names(values: Sequence[Any], label_column: str) -> list[str]:
+    """Label names where neither the recipe nor the data name them: the distinct values, sorted.
+
+    Args:
+        values: cells of the training split's label column.
+        label_column: its name, for messages.
+
+    Raises:
+        DataError: there are so many that this can hardly be the label column.
+    """
+    distinct = {canonical(value) for value in values if not is_unlabelled(value)}
+    if len(distinct) > MOST_INFERRED_CLASSES or (len(distinct) > 50 and len(distinct) > len(values) // 2):
+        example = ", ".join(repr(value) for value in sorted(map(str, distinct))[:3])
+        raise DataError(
+            f"column {label_column!r} holds {len(distinct)} different values in {len(values)} rows ({example}, …); "
+            "set dataset.label_column to the column of the labels, or list them in dataset.labels"
+        )
+    integers = [_as_integer(value) for value in distinct]
+    if all(integer is not None for integer in integers):
+        numbers = sorted(integer for integer in integers if integer is not None)
+        return [str(number) for number in numbers]
+    return sorted(str(value) for value in distinct)
+
+
+def _match(value: str | int, names: Sequence[str], mapping: dict[str, str] | None) -> int | None:
+    """Class id of one distinct value, or None.
+
+    A name is recognised as it is, then whatever its case, then from an abbreviation that fits it alone
+    (`neg` for NEGATIVE). An integer that is no name is a class id.
+    """
+    if mapping is not None:
+        name = mapping.get(str(value))
+        return None if name is None else names.index(name)
+    if str(value) in names:
+        return names.index(str(value))
+    integer = _as_integer(value)
+    if integer is not None:
+        return integer if 0 <= integer < len(names) else None
+    text = str(value).casefold()
+    folded = [name.casefold() for name in names]
+    same = [i for i, name in enumerate(folded) if name == text]
+    longer = [i for i, name in enumerate(folded) if len(text) >= 3 and name.startswith(text)]
+    return next((ids[0] for ids in (same, longer) if len(ids) == 1), None)
+
+
+def label_ids(
+    values: Sequence[Any],
+    names: Sequence[str],
+    mapping: dict[str, str] | None,
+    place: Callable[[int], str],
+) -> tuple[Labels, dict[str, str]]:
+    """Class id of every row, -1 where it has none.
+
+    Args:
+        values: cells of the label column, one a row.
+        names: label names by class id.
+        mapping: the recipe's {value: name}, where it gives one.
+        place: names the file and row of a row, for messages.
+
+    Returns:
+        ids of shape (rows,); and {value: name} for the values that are neither a name nor an id as they stand.
+
+    Raises:
+        DataError: a value belongs to no class, or two values were guessed to be the same class.
+    """
+    keys = [None if is_unlabelled(value) else canonical(value) for value in values]
+    first: dict[str | int, int] = {}
+    for row, key in enumerate(keys):
+        if key is not None:
+            first.setdefault(key, row)
+    matched = {key: _match(key, names, mapping) for key in first}
+    unknown = [key for key, class_id in matched.items() if class_id is None]
+    if unknown:
+        key = unknown[0]
+        count = sum(other == key for other in keys)
+        close = get_close_matches(str(key), list(names), n=1)
+        guess = f" (did you mean {close[0]!r}?)" if close else ""
+        others = f"; {len(unknown) - 1} more unknown values" if len(unknown) > 1 else ""
+        known = list(mapping) if mapping is not None else list(names)
+        raise DataError(
+            f"{place(first[key])}: label {str(key)!r} is none of {', '.join(known[:20])}{guess}; it stands in {count} "
+            f"row{'s' if count > 1 else ''}{others}; mend the rows, or list every label in dataset.labels"
+        )
+    guessed = {
+        str(key): names[class_id]
+        for key, class_id in matched.items()
+        if class_id is not None and mapping is None and isinstance(key, str) and not key.isdigit() and key not in names
+    }
+    ids = np.asarray([UNLABELLED if key is None else matched[key] for key in keys], dtype=np.int64)
+    return ids, guessed

@@ -1,0 +1,204 @@
+"""The encoder with its classification head, made in float32 on the CPU from the recipe's seed, before any hardware.
+
+The same seed and checkpoint give the same initial weights on every machine; their hash is recorded and compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+
+from accel_trainer.errors import UserError
+from accel_trainer.recipe import ModelSection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# What transformers' configs call the recipe's three drop probabilities, by model family.
+DROPOUT_NAMES = {
+    "hidden_dropout": ("hidden_dropout_prob", "hidden_dropout", "dropout", "mlp_dropout"),
+    "attention_dropout": ("attention_probs_dropout_prob", "attention_dropout"),
+    "classifier_dropout": (
+        "classifier_dropout",
+        "classifier_dropout_prob",
+        "seq_classif_dropout",
+        "cls_dropout",
+        "summary_last_dropout",
+    ),
+}
+
+
+def load_config(
+    section: ModelSection,
+    label_names: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    trust_remote_code: bool = False,
+) -> PretrainedConfig:
+    """Config of the recipe's model with its labels, dropout and vocabulary filled in.
+
+    Raises:
+        UserError: the checkpoint cannot be read, the config takes no such argument, or has no such dropout.
+    """
+    if section.from_config is not None:
+        arguments = dict(section.from_config)
+        model_type = arguments.pop("model_type")
+        try:
+            config = AutoConfig.for_model(model_type, **arguments)
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"model.from_config: transformers takes no such {model_type} config: {error}") from error
+        unknown = sorted(set(arguments) - set(AutoConfig.for_model(model_type).to_dict()))
+        if unknown:
+            raise UserError(
+                f"model.from_config: a {model_type} config has no {', '.join(unknown)}; see its documentation"
+            )
+        config.vocab_size = len(tokenizer)
+        config.pad_token_id = tokenizer.pad_token_id
+    else:
+        assert section.checkpoint is not None
+        try:
+            config = AutoConfig.from_pretrained(
+                section.checkpoint, revision=section.revision or "main", trust_remote_code=trust_remote_code
+            )
+        except (OSError, ValueError) as error:
+            raise cannot_load("model.checkpoint", section.checkpoint, error) from error
+    config.id2label = dict(enumerate(label_names))
+    config.label2id = {name: i for i, name in enumerate(label_names)}
+    config.problem_type = "single_label_classification"
+    for field, candidates in DROPOUT_NAMES.items():
+        probability = getattr(section, field)
+        if probability is None:
+            continue
+        name = next((name for name in candidates if hasattr(config, name)), None)
+        if name is None:
+            raise UserError(
+                f"model.{field}: a {config.model_type} config has no such dropout; leave it out to keep the checkpoint's"
+            )
+        setattr(config, name, probability)
+    return config
+
+
+def cannot_load(key: str, checkpoint: str, error: Exception) -> UserError:
+    """The message for a checkpoint or tokenizer that transformers could not read."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return UserError(
+        f"{key}: cannot load {checkpoint!r}: {reason} "
+        "Give a folder that holds it, or the id of a Hub repository that you can reach (or have cached)."
+    )
+
+
+def build_model(
+    section: ModelSection, config: PretrainedConfig, seed: int, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model on the CPU in float32; what the checkpoint does not hold is drawn from `seed`.
+
+    Raises:
+        UserError: the checkpoint has no safetensors weights, or the encoder in it is another one.
+    """
+    torch.manual_seed(seed)
+    if section.from_config is not None:
+        model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+    else:
+        try:
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                str(section.checkpoint),
+                config=config,
+                revision=section.revision or "main",
+                dtype=torch.float32,
+                use_safetensors=True,  # never unpickle
+                ignore_mismatched_sizes=True,  # a head for other labels is made anew; the encoder is checked below
+                output_loading_info=True,
+                trust_remote_code=trust_remote_code,
+            )
+        except (OSError, ValueError) as error:
+            raise cannot_load("model.checkpoint", str(section.checkpoint), error) from error
+        prefix = model.base_model_prefix + "."
+        foreign = sorted(
+            key
+            for key in [*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])]
+            if key.startswith(prefix) and ".pooler." not in key  # masked-language checkpoints have no pooler
+        )
+        if foreign:
+            raise UserError(
+                f"model.checkpoint: {section.checkpoint!r} holds other weights than a {config.model_type} encoder of its "
+                f"config needs ({len(foreign)} missing or of another shape, the first {foreign[0]}); use a sound checkpoint"
+            )
+    freeze(model, section)
+    return model
+
+
+def encoder_layers(model: PreTrainedModel) -> nn.ModuleList | None:
+    """The encoder's layers from the embeddings upwards, or None where the family shares or hides them."""
+    count = getattr(model.config, "num_hidden_layers", None)
+    for module in model.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    return None
+
+
+def _embeddings(model: PreTrainedModel) -> nn.Module:
+    embeddings = model.base_model.embeddings
+    assert isinstance(embeddings, nn.Module)
+    return embeddings
+
+
+def layer_depths(model: PreTrainedModel) -> dict[str, int]:
+    """Depth of each parameter by name: 0 embeddings, 1 to L the layers, L + 1 pooler and head.
+
+    Raises:
+        UserError: the family has no separate layers (ALBERT shares one set of weights between all).
+    """
+    layers = encoder_layers(model)
+    if layers is None:
+        raise UserError(
+            f"training.layerwise_lr_decay: {model.config.model_type} has no separate layers; leave the key out"
+        )
+    depth_of = {id(p): depth for depth, layer in enumerate(layers, start=1) for p in layer.parameters()}
+    embeddings = {id(p) for p in _embeddings(model).parameters()}
+    return {
+        name: 0 if id(p) in embeddings else depth_of.get(id(p), len(layers) + 1) for name, p in model.named_parameters()
+    }
+
+
+def freeze(model: PreTrainedModel, section: ModelSection) -> None:
+    """Take the frozen parameters out of training, as `freeze_embeddings` and `freeze_layers` say.
+
+    Raises:
+        UserError: there are fewer layers than are to be frozen, or none apart.
+    """
+    frozen: list[nn.Module] = []
+    if section.freeze_embeddings or section.freeze_layers:
+        frozen.append(_embeddings(model))
+    if section.freeze_layers:
+        layers = encoder_layers(model)
+        have = 0 if layers is None else len(layers)
+        if layers is None or section.freeze_layers > have:
+            raise UserError(
+                f"model.freeze_layers: {section.freeze_layers} layers to freeze, but {model.config.model_type} "
+                f"has {have} of its own; give at most {have}"
+            )
+        frozen.extend(layers[: section.freeze_layers])
+    for module in frozen:
+        module.requires_grad_(False)
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Numbers of scalars that are trained, and of all."""
+    return {
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "total": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def weights_sha256(state: dict[str, Any]) -> str:
+    """SHA-256 over names, types, shapes and bytes of a state dict, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()

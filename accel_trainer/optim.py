@@ -1,0 +1,125 @@
+"""The optimizer and its schedule, by their Hugging Face names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedModel, get_scheduler
+from transformers.optimization import Adafactor
+
+from accel_trainer.model import layer_depths
+from accel_trainer.plan import TrainingPlan
+from accel_trainer.recipe import TrainingSection
+
+
+def undecayed(model: nn.Module) -> set[str]:
+    """Names of the parameters that weight decay leaves alone: biases, and all of a normalisation layer."""
+    norms = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if "norm" in type(module).__name__.lower()
+        for name, _ in module.named_parameters(recurse=False)
+    }
+    return norms | {name for name, _ in model.named_parameters() if name.endswith("bias")}
+
+
+def parameter_groups(model: PreTrainedModel, section: TrainingSection) -> list[dict[str, Any]]:
+    """Trainable parameters grouped by learning rate and decay.
+
+    With `layerwise_lr_decay` γ, a parameter at depth d of L + 1 learns at learning_rate · γ^(L + 1 - d)
+    (Howard and Ruder, "Universal language model fine-tuning", ACL 2018).
+    """
+    exempt = undecayed(model)
+    depths = layer_depths(model) if section.layerwise_lr_decay is not None else {}
+    top = max(depths.values(), default=0)
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        depth, decays = depths.get(name, top), name not in exempt
+        factor = 1.0 if section.layerwise_lr_decay is None else section.layerwise_lr_decay ** (top - depth)
+        group = groups.setdefault(
+            (depth, decays),
+            {
+                "params": [],
+                "lr": section.learning_rate * factor,
+                "weight_decay": section.weight_decay if decays else 0.0,
+            },
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def build_optimizer(groups: Iterable[dict[str, Any]], section: TrainingSection, device: torch.device) -> Optimizer:
+    """The recipe's optimizer over `parameter_groups`, fused where the device has it."""
+    groups = list(groups)
+    if section.optim == "adamw_torch":
+        return torch.optim.AdamW(
+            groups,
+            lr=section.learning_rate,
+            betas=(section.adam_beta1, section.adam_beta2),
+            eps=section.adam_epsilon,
+            fused=device.type in ("cpu", "cuda", "mps", "xpu"),
+        )
+    if section.optim == "adafactor":  # fixed learning rate, as the recipe's schedule demands
+        return Adafactor(  # type: ignore[no-untyped-call]
+            groups, lr=section.learning_rate, scale_parameter=False, relative_step=False
+        )
+    return torch.optim.SGD(groups, lr=section.learning_rate)
+
+
+def build_scheduler(optimizer: Optimizer, section: TrainingSection, plan: TrainingPlan) -> LRScheduler:
+    """The recipe's schedule over `plan.total_steps`; to be stepped once per update, whatever the number of processes."""
+    scheduler: LRScheduler = get_scheduler(
+        section.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=plan.warmup_steps,
+        num_training_steps=plan.total_steps,
+        scheduler_specific_kwargs=dict(section.lr_scheduler_kwargs),
+    )
+    return scheduler
+
+
+def state_by_name(optimizer: Optimizer, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """The optimizer's state keyed by parameter name, so that it outlives regrouping and wrapping.
+
+    Returns:
+        tensors, `"{parameter} {entry}"` → tensor; and plain values, parameter → entry → number.
+    """
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        for entry, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{name} {entry}"] = value
+            else:
+                values.setdefault(name, {})[entry] = value
+    return tensors, values
+
+
+def load_state_by_name(
+    optimizer: Optimizer, model: nn.Module, tensors: dict[str, Tensor], values: dict[str, dict[str, Any]]
+) -> None:
+    """Give back to `optimizer` what `state_by_name` took; the parameters' own device, the state's own dtype."""
+    states: dict[str, dict[str, Any]] = {name: dict(entries) for name, entries in values.items()}
+    for key, tensor in tensors.items():
+        name, _, entry = key.rpartition(" ")
+        states.setdefault(name, {})[entry] = tensor
+    for name, parameter in model.named_parameters():
+        if name in states:
+            optimizer.state[parameter] = {
+                # AdamW keeps its step count on the CPU unless fused or capturable; everything else lies by the weights.
+                entry: value.to(parameter.device)
+                if isinstance(value, Tensor) and (value.dim() or _step_on_device(optimizer))
+                else value
+                for entry, value in states[name].items()
+            }
+
+
+def _step_on_device(optimizer: Optimizer) -> bool:
+    return any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)

@@ -1,0 +1,138 @@
+"""The output folder of a run: its names, and how each file in it is written.
+
+recipe.yaml  run.json  status.json  metrics.jsonl  results.json
+checkpoints/  best/  model/  predictions/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from accel_trainer.errors import RunFolderError
+
+State = Literal["running", "done", "interrupted", "failed"]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file at once, so that a reader sees the old or the new text and never half of one."""
+    temporary = path.with_name(f".{path.name}.writing")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise RunFolderError(
+            f"cannot write {path}: {error.strerror or error}; make space, or choose another --output_dir"
+        ) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file at once; numbers that are not finite become null, which JSON readers understand."""
+    write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+class RunFolder:
+    """Paths of a run, and its small files. Only the main process writes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.run = path / "run.json"
+        self.metrics = path / "metrics.jsonl"
+        self.results = path / "results.json"
+        self.checkpoints = path / "checkpoints"
+        self.best = path / "best"
+        self.model = path / "model"
+        self.predictions = path / "predictions"
+        self._status = path / "status.json"
+
+    @property
+    def holds_a_run(self) -> bool:
+        """Whether a run was ever started here."""
+        return self._status.exists() or self.checkpoints.exists()
+
+    def status(self) -> dict[str, Any]:
+        """What status.json says; empty if there is none or it cannot be read."""
+        try:
+            status: dict[str, Any] = json.loads(self._status.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return status
+
+    def set_status(self, state: State, step: int, exit_code: int | None = None, reason: str | None = None) -> None:
+        """Say how the run stands, for whoever watches it from outside."""
+        write_json(self._status, {"state": state, "exit_code": exit_code, "step": step, "reason": reason})
+
+    def append_metrics(self, line: dict[str, Any]) -> None:
+        """Add a line to metrics.jsonl."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(_finite(line), ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise RunFolderError(
+                f"cannot write {self.metrics}: {error.strerror or error}; make space, then --resume"
+            ) from error
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop the lines after `step`, and a last line that a killed process left unfinished."""
+        if not self.metrics.exists():
+            return
+        kept = []
+        for text in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(text)["step"] <= step:
+                    kept.append(text)
+            except (ValueError, KeyError, TypeError):
+                continue
+        write_text(self.metrics, "".join(f"{text}\n" for text in kept))
+
+    def write_predictions(self, split: str, rows: Iterable[dict[str, Any]]) -> Path:
+        """Write one line of JSON per row of an evaluated split, and give its path."""
+        path = self.predictions / f"{split}.jsonl"
+        temporary = path.with_name(f".{path.name}.writing")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            temporary.replace(path)
+        except OSError as error:
+            raise RunFolderError(
+                f"cannot write {path}: {error.strerror or error}; make space, then --resume"
+            ) from error
+        return path
+
+
+def open_run_folder(path: Path, *, resume: bool) -> RunFolder:
+    """The run folder at `path`, made if need be.
+
+    Raises:
+        RunFolderError: another run lies there and is not to be resumed, or the folder cannot be written.
+    """
+    folder = RunFolder(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(
+            f"--output_dir {path}: {error.strerror or error}; choose a folder that you may write"
+        ) from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise RunFolderError(f"--output_dir {path}: the folder is read-only; choose one that you may write")
+    if folder.holds_a_run and not resume:
+        state = folder.status().get("state", "unknown")
+        raise RunFolderError(
+            f"--output_dir {path}: a run lies there already ({state}); continue it with --resume, or choose another folder"
+        )
+    return folder

@@ -1,0 +1,241 @@
+"""The tokenizer, and the tokens it makes of a table: once, cached, and read without copying.
+
+The tokenizer is the checkpoint's, another one, or a WordPiece vocabulary trained on the training split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from tokenizers import BertWordPieceTokenizer
+from transformers import AutoTokenizer, BertTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from accel_trainer.errors import DataError, UserError
+from accel_trainer.model import cannot_load
+from accel_trainer.recipe import ModelSection, TokenizerTraining
+
+TOKENS_FORMAT = 1  # part of the cache key; raised when the columns of the token cache change
+SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def load_tokenizer(
+    section: ModelSection, training_texts: Iterable[str], *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The recipe's tokenizer; `training_texts` are read only where a vocabulary is to be trained.
+
+    Raises:
+        UserError: it cannot be read, or has no padding token.
+    """
+    if section.train_tokenizer is not None:
+        return train_word_pieces(section.train_tokenizer, list(training_texts))
+    name, key = (
+        (section.tokenizer, "model.tokenizer") if section.tokenizer else (section.checkpoint, "model.checkpoint")
+    )
+    revision = "main" if section.tokenizer else section.revision or "main"
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise cannot_load(key, str(name), error) from error
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"{key}: the tokenizer of {name!r} has no padding token; use one of an encoder such as BERT")
+    return tokenizer
+
+
+def train_word_pieces(section: TokenizerTraining, texts: list[str]) -> PreTrainedTokenizerBase:
+    """A BERT tokenizer whose vocabulary is a function of the texts' words alone.
+
+    The library breaks ties between equally frequent pairs by token id, and hands out ids to continuation characters
+    in the order of a randomly seeded hash map: three runs gave three vocabularies. Naming those characters beforehand,
+    sorted, takes the chance out of it.
+    """
+    trainer = BertWordPieceTokenizer(lowercase=section.lowercase)
+    continuations: set[str] = set()
+    for text in texts:
+        for word, _ in trainer.pre_tokenizer.pre_tokenize_str(trainer.normalizer.normalize_str(text)):
+            continuations.update(word[1:])
+    trainer.train_from_iterator(
+        texts,
+        vocab_size=section.vocab_size,
+        min_frequency=section.min_frequency,
+        limit_alphabet=section.vocab_size,
+        show_progress=False,
+        special_tokens=SPECIAL_TOKENS + [f"##{character}" for character in sorted(continuations)],
+    )
+    tokenizer: PreTrainedTokenizerBase = BertTokenizer(vocab=trainer.get_vocab(), do_lower_case=section.lowercase)
+    return tokenizer
+
+
+def longest_input(max_length: int | None, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> int:
+    """Tokens of the longest input: the recipe's `max_length`, or else what tokenizer and model can take.
+
+    Raises:
+        UserError: the recipe asks for more than the model has positions for.
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
+        positions -= (config.pad_token_id or 0) + 1  # these count positions from one past the padding id
+    if max_length is None:
+        return min(tokenizer.model_max_length, positions or 512, 2**20)
+    if positions is not None and positions > 0 and max_length > positions:
+        raise UserError(
+            f"dataset.max_length: {max_length} tokens, but the model has {positions} positions; "
+            f"give at most {positions}, or another checkpoint"
+        )
+    return max_length
+
+
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of what the tokenizer does: vocabulary, normalisation, splitting, special tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        # Truncation and padding are set by each call and are not part of what it is.
+        truncation, padding = backend.truncation, backend.padding
+        backend.no_truncation()
+        backend.no_padding()
+        text = backend.to_str()
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+        if padding is not None:
+            backend.enable_padding(**padding)
+    else:
+        text = repr((type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), tokenizer.init_kwargs))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class TokenColumn:
+    """Rows of different lengths out of a memory-mapped column, without copying the column."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        self._chunks = [(chunk.offsets.to_numpy(), chunk.values.to_numpy()) for chunk in column.chunks]
+        self._starts = np.cumsum([0] + [len(chunk) for chunk in column.chunks])
+
+    def __getitem__(self, row: int) -> npt.NDArray[np.int32]:
+        chunk = int(np.searchsorted(self._starts, row, side="right")) - 1
+        offsets, values = self._chunks[chunk]
+        local = row - int(self._starts[chunk])
+        tokens: npt.NDArray[np.int32] = values[offsets[local] : offsets[local + 1]]
+        return tokens
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokenised rows. Legend: b examples of a micro-batch, t tokens of the longest of them."""
+
+    columns: dict[str, TokenColumn | list[list[int]]]  # input_ids, and token_type_ids where the model takes them
+    lengths: npt.NDArray[np.int64]  # (rows,) tokens per row, special tokens included
+    truncated: int  # rows that were cut to the maximum length
+    pad_token_id: int
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def inputs(self, rows: npt.NDArray[np.int64]) -> dict[str, torch.Tensor]:
+        """Model inputs of some rows, padded to the longest: input_ids, attention_mask, … each (b, t), int64."""
+        t = int(self.lengths[rows].max())
+        inputs = {name: np.zeros((len(rows), t), dtype=np.int64) for name in (*self.columns, "attention_mask")}
+        inputs["input_ids"].fill(self.pad_token_id)
+        for i, row in enumerate(rows):
+            n = int(self.lengths[row])
+            inputs["attention_mask"][i, :n] = 1
+            for name, column in self.columns.items():
+                inputs[name][i, :n] = column[int(row)]
+        return {name: torch.from_numpy(array) for name, array in inputs.items()}
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[list[str]], max_length: int
+) -> dict[str, list[list[int]] | list[int] | list[bool]]:
+    """Token columns of some rows, with their `length` and whether they were `truncated`.
+
+    Args:
+        tokenizer: the run's tokenizer.
+        texts: the texts, or the texts and the second texts.
+        max_length: tokens kept of a row, special tokens included.
+    """
+    encoded = tokenizer(*texts, truncation=True, max_length=max_length, return_attention_mask=False)
+    if tokenizer.is_fast:
+        truncated = [bool(encoding.overflowing) for encoding in encoded.encodings or []]
+    else:
+        whole = tokenizer(*texts, truncation=False, return_attention_mask=False, verbose=False)
+        truncated = [len(a) < len(b) for a, b in zip(encoded["input_ids"], whole["input_ids"], strict=True)]
+    lengths = [len(ids) for ids in encoded["input_ids"]]
+    return {**{name: encoded[name] for name in token_columns(tokenizer)}, "length": lengths, "truncated": truncated}
+
+
+def token_columns(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Names of the per-token inputs that the tokenizer makes for its model, the attention mask left out."""
+    return [name for name in ("input_ids", "token_type_ids") if name in tokenizer.model_input_names]
+
+
+def tokens_of_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[list[str]], max_length: int) -> Tokens:
+    """Tokens of some rows in memory; arguments as those of `encode`."""
+    encoded: dict[str, Any] = encode(tokenizer, texts, max_length)
+    return Tokens(
+        columns={name: encoded[name] for name in token_columns(tokenizer)},
+        lengths=np.asarray(encoded["length"], dtype=np.int64),
+        truncated=sum(encoded["truncated"]),
+        pad_token_id=int(tokenizer.pad_token_id or 0),
+    )
+
+
+def tokens_cache() -> Path:
+    """Folder of the tokenised splits, beside `datasets`' own cache."""
+    return Path(datasets.config.HF_DATASETS_CACHE) / "accel_trainer"
+
+
+def cached_tokens(table: datasets.Dataset, sha256: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokens:
+    """Tokens of a table of texts, found in the cache under the hash of all they depend on, or made there.
+
+    Args:
+        table: one column of texts, or two for pairs.
+        sha256: hash of its rows.
+        tokenizer: the run's tokenizer.
+        max_length: tokens kept of a row, special tokens included.
+
+    Raises:
+        DataError: the cache folder cannot be written.
+    """
+    key = hashlib.sha256(
+        json.dumps([TOKENS_FORMAT, sha256, tokenizer_sha256(tokenizer), max_length]).encode()
+    ).hexdigest()
+    texts, names = table.column_names, token_columns(tokenizer)
+    features = datasets.Features(
+        {
+            **{name: datasets.List(datasets.Value("int32")) for name in names},
+            "length": datasets.Value("int32"),
+            "truncated": datasets.Value("bool"),
+        }
+    )
+    try:
+        tokens_cache().mkdir(parents=True, exist_ok=True)
+        encoded = table.map(
+            lambda batch: encode(tokenizer, [batch[column] for column in texts], max_length),
+            batched=True,
+            remove_columns=texts,
+            features=features,
+            new_fingerprint=key,  # hashing the function would see the tokenizer's changing state and never hit
+            cache_file_name=str(tokens_cache() / f"{key}.arrow"),
+        ).data
+    except OSError as error:
+        raise DataError(
+            f"cannot write the token cache {tokens_cache()}: {error.strerror or error}; set HF_DATASETS_CACHE to a folder "
+            "with space that you may write"
+        ) from error
+    return Tokens(
+        columns={name: TokenColumn(encoded.column(name)) for name in names},
+        lengths=encoded.column("length").to_numpy().astype(np.int64),
+        truncated=int(np.count_nonzero(encoded.column("truncated").to_numpy())),
+        pad_token_id=int(tokenizer.pad_token_id or 0),
+    )

@@ -4,6 +4,7 @@
     ├── UserError                   exit code 2: one clear message, no traceback
     │   ├── RecipeError             every mistake of a recipe, each with file, line, key and remedy
     │   ├── DataError               the data named by the recipe, with file and row
+    │   ├── CannotLoad              a checkpoint or tokenizer that transformers could not read
     │   ├── HardwareError           the accelerate config or the launch
     │   └── RunFolderError          the output folder, or a checkpoint in it
     ├── TrainingFailed              the run cannot go on (a loss that is not finite, …)
@@ -62,6 +63,17 @@ class RecipeError(UserError):
 
 class DataError(UserError):
     """The data cannot be used as the recipe says."""
+
+
+class CannotLoad(UserError):
+    """A checkpoint or tokenizer could not be read."""
+
+    def __init__(self, key: str, name: str | None, reason: Exception) -> None:
+        first = (str(reason).strip().splitlines() or [type(reason).__name__])[0].rstrip(".")
+        super().__init__(
+            f"{key}: cannot load {name!r}: {first}; give a folder that holds it, or the id of a Hub repository that you can "
+            "reach or have cached"
+        )
 
 
 class HardwareError(UserError):

@@ -6,6 +6,8 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -75,21 +77,40 @@ def tokens_per_device(accelerator: Accelerator, given: int | None) -> int:
     return given or token_budget(accelerator.device.type, smallest_memory(accelerator))
 
 
-def raise_together(accelerator: Accelerator, error: UserError | None) -> None:
-    """Raise on every rank if a user's mistake showed on any, so that none waits in a collective for ever.
+@contextmanager
+def together(accelerator: Accelerator) -> Iterator[None]:
+    """If a user's mistake shows on any process inside the block, raise it on all, so that none waits for ever. Collective.
 
     Raises:
-        UserError: the lowest rank's message.
+        UserError: this process's own, or else the message of the lowest rank that has one.
     """
-    if accelerator.num_processes == 1:
-        if error is not None:
-            raise error
-        return
-    messages = [message for message in gather_object([None if error is None else str(error)]) if message is not None]
-    if error is not None:
-        raise error
-    if messages:
-        raise UserError(messages[0])
+    mistake = None
+    try:
+        yield
+    except UserError as error:
+        mistake = error
+    if accelerator.num_processes > 1:
+        messages = gather_object([None if mistake is None else str(mistake)])
+        others = [message for message in messages if message is not None]
+        if mistake is None and others:
+            mistake = UserError(others[0])
+    if mistake is not None:
+        raise mistake
+
+
+@contextmanager
+def first_process_first(accelerator: Accelerator) -> Iterator[None]:
+    """Let the first process of each machine go through the block before the others, whether it succeeds or not.
+
+    Accelerate's own `local_main_process_first` leaves the others waiting when the first one raises.
+    """
+    if not accelerator.is_local_main_process:
+        accelerator.wait_for_everyone()
+    try:
+        yield
+    finally:
+        if accelerator.is_local_main_process:
+            accelerator.wait_for_everyone()
 
 
 def _installed(package: str) -> str | None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
-from accel_trainer.errors import UserError
+from accel_trainer.errors import CannotLoad, UserError
 from accel_trainer.recipe import ModelSection
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def load_config(
                 section.checkpoint, revision=section.revision or "main", trust_remote_code=trust_remote_code
             )
         except (OSError, ValueError) as error:
-            raise cannot_load("model.checkpoint", section.checkpoint, error) from error
+            raise CannotLoad("model.checkpoint", section.checkpoint, error) from error
     config.id2label = dict(enumerate(label_names))
     config.label2id = {name: i for i, name in enumerate(label_names)}
     config.problem_type = "single_label_classification"
@@ -80,15 +80,6 @@ def load_config(
             )
         setattr(config, name, probability)
     return config
-
-
-def cannot_load(key: str, checkpoint: str, error: Exception) -> UserError:
-    """The message for a checkpoint or tokenizer that transformers could not read."""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return UserError(
-        f"{key}: cannot load {checkpoint!r}: {reason} "
-        "Give a folder that holds it, or the id of a Hub repository that you can reach (or have cached)."
-    )
 
 
 def build_model(
@@ -115,7 +106,7 @@ def build_model(
                 trust_remote_code=trust_remote_code,
             )
         except (OSError, ValueError) as error:
-            raise cannot_load("model.checkpoint", str(section.checkpoint), error) from error
+            raise CannotLoad("model.checkpoint", section.checkpoint, error) from error
         prefix = model.base_model_prefix + "."
         foreign = sorted(
             key

@@ -46,7 +46,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: every mistake of the file and of the overrides, the file's first, in the order of its lines.
     """
-    draft, path = _Draft(str(path)), Path(path)
+    source, path = str(path), Path(path)
+    draft = _Draft(source)
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
@@ -59,7 +60,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         draft.fault((), f"the file cannot be read: {reason}", "check its name and permissions")
     if draft.mistakes:
         raise RecipeError(draft.mistakes)
-    return parse_recipe(content, str(path), overrides, path.parent)
+    return parse_recipe(content, source, overrides, path.parent)
 
 
 def parse_recipe(
@@ -146,6 +147,7 @@ class _Draft:
     spots: dict[Keys, _Spot] = field(default_factory=dict)
     mistakes: list[Mistake] = field(default_factory=list)
     faulty: set[Keys] = field(default_factory=set)  # reported already: nothing more is said about these
+    suspects: set[Keys] = field(default_factory=set)  # meant by something reported: no mistake if they are missing
 
     def spot(self, keys: Keys) -> _Spot:
         """Where a key stands, or else the section around it."""
@@ -163,15 +165,16 @@ class _Draft:
             self.spots[new + keys[len(old) :]] = self.spots.pop(keys)
 
     def fault(self, keys: Keys, what: str, remedy: str, line: int | None = None, suspect: Keys | None = None) -> None:
-        """Report a mistake at `keys`; no other is then reported about them, or about `suspect` in their stead."""
+        """Report a mistake at `keys`; given a `suspect`, the known key that an unknown one seems to mean."""
         spot = self.spot(keys)
         if spot.override:
             what = f"{what} (in `{_shown(spot.override)}`)"
         line = spot.line if line is None or spot.override else line
         self.mistakes.append(Mistake(spot.source, line, _dotted(keys), what, remedy))
-        about = keys if suspect is None else suspect
-        if about:
-            self.faulty.add(about)
+        if suspect is None:
+            self.faulty |= {keys} if keys else set()
+        else:
+            self.suspects |= {suspect} if suspect else set()
 
 
 class _Unreadable(Exception):
@@ -367,12 +370,13 @@ class _YamlReader:
         if event.value == "<<" and event.style is None:
             self.draft.fault(keys, "<< is a merge key", "a recipe is flat; write the values out", line)
             return None
-        value = self.scalar((*keys, event.value), event)
         if event.anchor is not None or event.tag is not None:
             self.draft.fault(keys, "a key with an anchor or a tag", "a recipe is flat; write the plain key", line)
-        elif not isinstance(value, str):
+            return None
+        if not isinstance(self.scalar((*keys, event.value), event), str):
             what = f"the key {_shown(event.value)} is not text" if event.value else "a key is missing"
             self.draft.fault(keys, what, "put it in quotes" if event.value else "write one before the colon", line)
+            return None
         return event.value
 
 
@@ -591,6 +595,7 @@ def _apply_override(draft: _Draft, typed: str) -> None:
         draft.spots |= {at: spot for at, spot in side.spots.items() if at[: len(new)] == new}
     draft.mistakes += side.mistakes
     draft.faulty |= side.faulty
+    draft.suspects |= side.suspects
 
 
 def _read_override(side: _Draft, typed: str) -> Keys:
@@ -724,6 +729,7 @@ def _validated(draft: _Draft) -> Recipe:
             schema.get("type") == "null" for schema in _allowed(section)
         ):
             _put(draft.values, section, {})  # a heading whose keys are all commented out
+    draft.faulty |= {keys for keys in draft.suspects if _get(draft.values, keys, _ABSENT) is _ABSENT}
     _drop_faulty(draft)
     try:
         recipe = Recipe.model_validate(draft.values, context=RULES_LATER)
@@ -736,15 +742,15 @@ def _validated(draft: _Draft) -> Recipe:
 
 
 def _drop_faulty(draft: _Draft) -> None:
-    for keys in draft.faulty:
-        if (at := _field(keys)) is None:
-            continue
+    """Replace what is faulty by its default, or by a stand-in where there is none."""
+    for at in {at for keys in draft.faulty if (at := _field(keys)) is not None}:
+        absent = (at[:depth] for depth in range(1, len(at)) if _get(draft.values, at[:depth], _ABSENT) is _ABSENT)
+        at = next(absent, at)  # a section is not missing where its keys stand elsewhere by mistake
         outer = _get(draft.values, at[:-1])
-        if not isinstance(outer, dict):
-            continue
-        outer.pop(at[-1], None)
-        if _required(at):
-            outer[at[-1]] = deepcopy(_get(_STAND_INS, at))
+        if isinstance(outer, dict):
+            outer.pop(at[-1], None)
+            if _required(at):
+                outer[at[-1]] = deepcopy(_get(_STAND_INS, at))
 
 
 def _report_rules(draft: _Draft, recipe: Recipe) -> None:
@@ -795,7 +801,7 @@ def _explained(draft: _Draft, keys: Keys, kinds: set[str]) -> tuple[str, str]:
     section = next((schema for schema in allowed if "properties" in schema), None)
     if "missing" in kinds:
         if section:
-            return "it is missing", f"add it, with {' and '.join(section['required'])}"
+            return "it is missing", f"add it, with {', '.join(_get(_STAND_INS, keys))}"
         return "it is missing", f"add it: {_description(keys)}"
     if section:
         return f"{_quoted(value, written)} is no section", "write its keys below it, indented"

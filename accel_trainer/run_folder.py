@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from accel_trainer.errors import RunFolderError
+from accel_trainer.checkpoint import restore_interrupted
+from accel_trainer.errors import EXIT_DONE, EXIT_FAILED, AccelTrainerError, Interrupted, RunFolderError
 
 State = Literal["running", "done", "interrupted", "failed"]
 
@@ -115,13 +117,13 @@ class RunFolder:
         return path
 
 
-def open_run_folder(path: Path, *, resume: bool) -> RunFolder:
-    """The run folder at `path`, made if need be.
+def open_run_folder(folder: RunFolder, *, resume: bool) -> None:
+    """Make the folder if need be, see that it is free to use, and put back what a killed process laid aside.
 
     Raises:
         RunFolderError: another run lies there and is not to be resumed, or the folder cannot be written.
     """
-    folder = RunFolder(path)
+    path = folder.path
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -135,4 +137,38 @@ def open_run_folder(path: Path, *, resume: bool) -> RunFolder:
         raise RunFolderError(
             f"--output_dir {path}: a run lies there already ({state}); continue it with --resume, or choose another folder"
         )
-    return folder
+    restore_interrupted(folder.best)
+    restore_interrupted(folder.model)
+
+
+class Watch:
+    """What `watched` reports about; `state` is the trainer's, once there is one."""
+
+    state: Any = None
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return 0 if self.state is None else int(self.state.step)
+
+
+@contextmanager
+def watched(folder: RunFolder, is_main_process: bool) -> Iterator[Watch]:
+    """Keep status.json true for whoever watches from outside, however the block ends."""
+    watch = Watch()
+
+    def report(state: State, code: int | None = None, reason: str | None = None) -> None:
+        if is_main_process:
+            folder.set_status(state, watch.step, code, reason)
+
+    report("running")
+    try:
+        yield watch
+    except Interrupted as error:
+        report("interrupted", error.exit_code, str(error))
+        raise
+    except BaseException as error:
+        code = error.exit_code if isinstance(error, AccelTrainerError) else EXIT_FAILED
+        report("failed", code, f"{type(error).__name__}: {error}")
+        raise
+    report("done", EXIT_DONE)

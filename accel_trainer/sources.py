@@ -71,7 +71,7 @@ KNOWN = (
 
 _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})")
 _DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError, pa.ArrowException)
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,8 @@ def read_source(dataset: DatasetSection, only: Collection[str] | None = None) ->
     """Every source split that the section names, or the splits in `only`.
 
     A file, or several without a split name, are the split `train`. A relative path is a file or folder where there is
-    one, else a Hub id. Where the Hub is not reached, its cache on this machine answers.
+    one, else a Hub id. Where the Hub is not reached, its cache on this machine answers. Hub datasets and folders whose
+    README.md has `configs` are read by `load_dataset`, with the types it gives; all other files by `read_files`.
 
     Raises:
         DataError: something named does not exist, cannot be reached or cannot be read, or a split of `only` is not
@@ -278,6 +279,12 @@ def _opened(file: _File) -> Iterator[BinaryIO]:
         yield stream
 
 
+def _cache() -> Path:
+    folder = Path(datasets.config.HF_DATASETS_CACHE, "accel_trainer")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def _prepared(file: _File, encoding: str | None) -> Path:
     """The file's rows as an Arrow file in the cache of `datasets`, written if it is not there.
 
@@ -286,10 +293,9 @@ def _prepared(file: _File, encoding: str | None) -> Path:
     with file.path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256")
     digest.update(f"\0{READER}\0{file.format}\0{file.compression}\0{encoding}".encode())
-    target = Path(datasets.config.HF_DATASETS_CACHE, "accel_trainer", f"{digest.hexdigest()}.arrow")
+    target = _cache() / f"{digest.hexdigest()}.arrow"
     if target.exists():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
     incomplete = target.with_suffix(f".{uuid.uuid4().hex}.incomplete")
     try:
         pieces = _pieces(file, encoding)
@@ -326,7 +332,7 @@ def _seekable(file: _File) -> Iterator[Any]:
         with pa.memory_map(str(file.path)) if file.path.stat().st_size else pa.BufferReader(b"") as stream:
             yield stream
         return
-    with tempfile.TemporaryFile() as plain:
+    with tempfile.TemporaryFile(dir=_cache()) as plain:  # not in /tmp, which may be memory
         with _opened(file) as stream:
             shutil.copyfileobj(stream, plain)
         plain.seek(0)
@@ -480,7 +486,7 @@ def _csv_rows(file: _File, encoding: str) -> Iterator[tuple[int, list[str]]]:
             yield line, cells
 
 
-Records = Iterator[tuple[str, dict[str, Any]]]  # place in the file, record
+_Records = Iterator[tuple[str, dict[str, Any]]]  # place in the file, record
 
 
 def _json_pieces(file: _File, encoding: str) -> Iterator[pa.Table]:
@@ -494,7 +500,7 @@ def _json_pieces(file: _File, encoding: str) -> Iterator[pa.Table]:
         yield pa.table([_json_column(file, batch, field.name, field.type) for field in schema], schema=schema)
 
 
-def _json_records(file: _File, encoding: str) -> Records:
+def _json_records(file: _File, encoding: str) -> _Records:
     if file.format == "json":
         beginning = next((line.strip() for line in _lines(file, encoding) if line.strip()), "")
         if beginning.startswith("["):
@@ -568,7 +574,7 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:60] + "…"
 
 
-def _batches(items: Iterable[T]) -> Iterator[list[T]]:
+def _batches(items: Iterable[_T]) -> Iterator[list[_T]]:
     iterator = iter(items)
     while batch := list(islice(iterator, ROWS_AT_ONCE)):
         yield batch
@@ -738,7 +744,9 @@ def _files_by_split(folder: str) -> dict[str, list[str]]:
             )
     strays = [file for file, splits in splits_of.items() if not splits]
     if strays and "train" in files:
-        logger.warning("%s: left out, since other files are named train: %s", _redacted(folder), ", ".join(strays))
+        logger.warning(
+            "%s: left out, since other files are named train: %s", _redacted(folder), _redacted(", ".join(strays))
+        )
     elif strays:
         files = {"train": strays, **files}
     if not files:
@@ -780,11 +788,17 @@ def _read_hub(repository: str, dataset: DatasetSection, revision: str | None, on
         loaded = _load_dataset(repository, dataset.name, revision=commit, data_files=dataset.data_files)
         return Source(_tables(loaded, repository, only), commit)
     # Offline `load_dataset` looks into its own prepared files only, and takes any revision for the one asked for.
-    snapshot = _snapshot(repository, revision)
-    if snapshot is not None:
-        loaded = _load_dataset(str(snapshot), dataset.name, data_files=dataset.data_files, called=repository)
-        return Source(_tables(loaded, repository, only), snapshot.name)
-    loaded = _load_dataset(repository, dataset.name, data_files=dataset.data_files)
+    problem: DataError | None = None
+    if (snapshot := _snapshot(repository, revision)) is not None:
+        try:
+            loaded = _load_dataset(str(snapshot), dataset.name, data_files=dataset.data_files, called=repository)
+            return Source(_tables(loaded, repository, only), snapshot.name)
+        except DataError as error:  # such as a snapshot with the files of another configuration alone
+            problem = error
+    try:
+        loaded = _load_dataset(repository, dataset.name, data_files=dataset.data_files)
+    except DataError as error:
+        raise problem or error from None
     prepared_from = _prepared_commit(loaded)
     if revision not in (None, "main", prepared_from):
         raise DataError(
@@ -799,7 +813,8 @@ def _commit(repository: str, revision: str | None) -> str | None:
     if datasets.config.HF_HUB_OFFLINE:
         return None
     try:
-        return huggingface_hub.HfApi().dataset_info(repository, revision=revision, timeout=20).sha
+        with _quiet():
+            return huggingface_hub.HfApi().dataset_info(repository, revision=revision, timeout=20).sha
     except GatedRepoError as error:
         raise DataError(
             f"{repository}: this dataset is gated; ask for access at https://huggingface.co/datasets/{repository} "
@@ -894,15 +909,18 @@ def _redacted(text: str) -> str:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without progress bars and log lines of `datasets` and the Hub client, whose settings are put back."""
-    libraries: list[Any] = [datasets, huggingface_hub.utils]
-    shown = [library for library in libraries if not library.are_progress_bars_disabled()]
-    verbosity = datasets.logging.get_verbosity()
+    bars: list[Any] = [datasets, huggingface_hub.utils]
+    shown = [library for library in bars if not library.are_progress_bars_disabled()]
+    loggers: list[Any] = [datasets.logging, huggingface_hub.logging]
+    verbosities = [library.get_verbosity() for library in loggers]
     for library in shown:
         library.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
+    for library in loggers:
+        library.set_verbosity_error()
     try:
         yield
     finally:
-        datasets.logging.set_verbosity(verbosity)
+        for library, verbosity in zip(loggers, verbosities, strict=True):
+            library.set_verbosity(verbosity)
         for library in shown:
             library.enable_progress_bars()

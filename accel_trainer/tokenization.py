@@ -20,8 +20,7 @@ import torch
 from tokenizers import BertWordPieceTokenizer
 from transformers import AutoTokenizer, BertTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from accel_trainer.errors import DataError, UserError
-from accel_trainer.model import cannot_load
+from accel_trainer.errors import CannotLoad, DataError, UserError
 from accel_trainer.recipe import ModelSection, TokenizerTraining
 
 TOKENS_FORMAT = 1  # part of the cache key; raised when the columns of the token cache change
@@ -47,7 +46,7 @@ def load_tokenizer(
             name, revision=revision, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
-        raise cannot_load(key, str(name), error) from error
+        raise CannotLoad(key, name, error) from error
     if tokenizer.pad_token_id is None:
         raise UserError(f"{key}: the tokenizer of {name!r} has no padding token; use one of an encoder such as BERT")
     return tokenizer

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SEED = 20
-ROWS = {"train": 4800, "validation": 400, "test": 600}
+ROWS = {"train": 5000, "validation": 400, "test": 600}
 POSITIVE_SHARE = 0.54
 MATERIAL = {"en": "english.txt", "zh": "chinese.txt"}
 
@@ -31,23 +31,35 @@ SPLIT_LETTERS = {"train": "T", "validation": "V", "test": "E"}
 
 ASPECTS = {"food": 5.0, "service": 2.0, "delivery": 1.5, "place": 1.5, "price": 1.5, "portion": 1.0}
 MOODS = {True: "good", False: "bad"}
-WORD_LISTS = {"dish", "dishes", "price", "minutes", "day", "clock", "very", "neutral", "good emoji", "bad emoji"} | {
-    f"{aspect} {kind}" for aspect in ASPECTS for kind in ("subjects", "good", "bad")
+WORD_LISTS = {"dish", "dishes", "price", "minutes", "day", "clock", "very", "neutral"} | {
+    f"{subject} {kind}"
+    for subject, kinds in {
+        **dict.fromkeys(ASPECTS, ("subjects", "good", "bad")),
+        **dict.fromkeys(MOODS.values(), ("emoji", "verdict")),
+    }.items()
+    for kind in kinds
 }
 
 CONSTRUCTIONS = {"plain frame", "contrast frame", "emoji frame", "direct clause", "negated clause"} | {
-    f"{mood} {kind}"
-    for mood in MOODS.values()
-    for kind in ("verdict", "short")
+    f"{mood} short" for mood in MOODS.values()
 }
 
 FRAME_WEIGHTS = {"plain frame": 64, "contrast frame": 17, "mood contrast frame": 5, "long frame": 8, "emoji frame": 6}
-CLAUSE_WEIGHTS = {"direct clause": 76, "negated clause": 14, "aspect clause": 10}
+CLAUSE_WEIGHTS = {"direct clause": 81, "negated clause": 14, "aspect clause": 5}
 
 LONG_CLAUSE_WORDS = 6
 LONG_CLAUSE_CHARACTERS = 10
 
-HOMOPHONES = {"的": "得", "得": "的", "再": "在", "味道": "味到", "这么": "怎么", "已经": "以经", "服务员": "服务圆", "吃": "次"}
+HOMOPHONES = {
+    "的": "得",
+    "得": "的",
+    "再": "在",
+    "味道": "味到",
+    "这么": "怎么",
+    "已经": "以经",
+    "服务员": "服务圆",
+    "吃": "次",
+}
 SLOT = re.compile(r"{([^{}]+)}")
 CLAUSE_BREAK = re.compile(r"[^\w\s'’\-$£]+")
 HAN = re.compile(r"[\u4e00-\u9fff]")
@@ -99,7 +111,9 @@ def share_of(sections: dict[str, list[str]], split: str) -> dict[str, list[str]]
 
     letter_of_split = SPLIT_LETTERS[split]
     return {
-        name: [entry for letter, entry in entries if name in WORD_LISTS or owner(name, letter, entry) == letter_of_split]
+        name: [
+            entry for letter, entry in entries if name in WORD_LISTS or owner(name, letter, entry) == letter_of_split
+        ]
         for name, entries in dealt.items()
     }
 
@@ -144,7 +158,9 @@ class Writer:
             slot = match[1]
             if slot in "XY":
                 return self.clause(positive if slot == "X" else not positive)
-            section = {"V": f"{mood} verdict", "E": f"{mood} emoji", "N": "neutral", "x": mood, "y": other}.get(slot, slot)
+            section = {"V": f"{mood} verdict", "E": f"{mood} emoji", "N": "neutral", "x": mood, "y": other}.get(
+                slot, slot
+            )
             return self.fill(self.pick(section), positive)
 
         return SLOT.sub(filling, frame)
@@ -178,7 +194,9 @@ class Writer:
         text = self.roughen_english(text) if self.language == "en" else self.roughen_chinese(text)
         if with_emoji and self.chance(0.12):
             agrees = self.chance(0.94)
-            text += self.rng.choice(["", " "]) + self.pick(f"{MOODS[positive == agrees]} emoji") * self.rng.choice([1, 1, 1, 2, 3])
+            text += self.rng.choice(["", " "]) + self.pick(f"{MOODS[positive == agrees]} emoji") * self.rng.choice(
+                [1, 1, 1, 2, 3]
+            )
         return text
 
     def roughen_english(self, text: str) -> str:
@@ -207,7 +225,9 @@ class Writer:
                 word = self.rng.choice(wrong)
                 text = text.replace(word, HOMOPHONES[word], 1)
         if self.chance(0.15):
-            text = text.rstrip("。！") + self.rng.choice(["！！", "！！！", "~", "～～", "…", "。。。", "哈哈", "啊啊啊", "呀"])
+            text = text.rstrip("。！") + self.rng.choice(
+                ["！！", "！！！", "~", "～～", "…", "。。。", "哈哈", "啊啊啊", "呀"]
+            )
         return text
 
     def mistype(self, text: str) -> str:
@@ -280,7 +300,9 @@ def check(splits: dict[str, list[Row]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("recipes/data/food_reviews"), help="folder of the CSV files")
+    parser.add_argument(
+        "--output", type=Path, default=Path("recipes/data/food_reviews"), help="folder of the CSV files"
+    )
     output: Path = parser.parse_args().output
     splits = make(Path(__file__).parent / "food_reviews_material")
     check(splits)

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from typing import Any, NamedTuple
 
 import pytest
@@ -139,7 +140,7 @@ PLANTS = [
     Plant("train: train", "train: [1]", "dataset.splits.train", "is neither text nor a whole number nor a number"),
     Plant("train: train", "train: 1.5", "dataset.splits.train", "1.5 is too large"),
     Plant("train: train", "train: 0", "dataset.splits.train", "0 is too small"),
-    Plant("test: null", "test: test[:", "dataset.splits.test", "write it like train[:8000]"),
+    Plant("test: null", "test: test[0]", "dataset.splits.test", "write it like train[:8000]"),
     Plant("labels: [a, b]", "labels: [a]", "dataset.labels", "fewer than two classes"),
     Plant("labels: [a, b]", "labels: a", "dataset.labels", "'a' is neither a list of text nor a mapping"),
     Plant("labels: [a, b]", "labels: {0: null, 1: b}", "dataset.labels.0", "null is not text"),
@@ -165,10 +166,10 @@ FILES: list[tuple[str | bytes, int | None, str]] = [
     ("text\n", None, "this is no recipe"),
     (b"a: 1\n\xff\xfe", 2, "not UTF-8"),
     (" " * 1_000_001, None, "over 1 MB"),
-    ("[" * 5000, None, "levels deep"),
+    ("[" * 5000, 1, "levels deep"),
     (MINIMAL + "---\na: 1\n", 4, "a second document"),
     ("a:\n\tb: 1\n", 2, "a tab stands here; indent with spaces"),
-    ("a: `b`\n", 1, "text cannot start with '`"),
+    ("a: `b`\n", 1, "text cannot start with `"),
     ("a:\n  b: *.csv\n", 2, "text cannot start with * or &"),
     ("a: b: c\n", 1, "a ': ' stands where none can"),
     ("a: 1\nb\nc: 2\n", 3, "a key without ': '"),
@@ -254,11 +255,11 @@ def test_one_planted_mistake_is_found_alone(plant: Plant) -> None:
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.permutations(PLANTS), st.integers(2, 20))
-def test_mistakes_planted_together_are_all_found(shuffled: list[Plant], n: int) -> None:
+@given(st.integers(0, 2**32), st.integers(2, 40))
+def test_mistakes_planted_together_are_all_found(seed: int, n: int) -> None:
     chosen: list[Plant] = []
     taken: set[str] = set()
-    for plant in shuffled[: 2 * n]:
+    for plant in Random(seed).sample(PLANTS, n):
         if not taken & {plant.line, *plant.looks_at}:
             chosen.append(plant)
             taken |= {plant.line, *plant.looks_at}
@@ -283,7 +284,7 @@ def test_a_whole_file_is_refused(text: str | bytes, line: int | None, says: str)
 def test_an_override_is_refused_as_typed(override: str, key: str, says: str) -> None:
     (mistake,) = mistakes_of(MINIMAL.replace("path: org/data, ", "data_files: {validation: hf://x}, "), (override,))
     assert (mistake.source, mistake.line, mistake.key) == (COMMAND_LINE, None, key)
-    assert says in mistake.what
+    assert says in str(mistake)
     assert f"`{override}`" in mistake.what
 
 
@@ -328,12 +329,14 @@ def test_the_tables_above_hold_every_kind_of_mistake(monkeypatch: pytest.MonkeyP
 
 def reads_or_refuses(text: str | bytes, overrides: tuple[str, ...] = ()) -> None:
     try:
-        assert isinstance(parse_recipe(text, "r.yaml", overrides), Recipe)
+        recipe = parse_recipe(text, "r.yaml", overrides)
     except RecipeError as error:
-        str(error).encode()
-        for jargon in ("Input should", "extra_forbidden", "union", "constrained", "pydantic", "Section"):
-            if jargon not in str(text) + str(overrides):
-                assert jargon not in str(error)
+        message = str(error)
+    else:
+        message = to_yaml(recipe)
+    message.encode()
+    for jargon in ("Input should", "extra_forbidden", "constrained", "pydantic", "Section"):
+        assert jargon not in message or jargon in str(text) + str(overrides)
 
 
 YAML_PIECES = st.lists(
@@ -593,7 +596,7 @@ def test_a_recipe_that_may_not_be_read(folders: tuple[Path, Path]) -> None:
 
 
 def test_the_source_is_the_path_as_given(folders: tuple[Path, Path]) -> None:
-    beside, here = folders
+    _, here = folders
     (here / "r.yaml").write_text("training: 1\n", encoding="utf-8")
     with pytest.raises(RecipeError) as caught:
         load_recipe("./r.yaml")

@@ -21,6 +21,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import datasets
+import fsspec
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -248,8 +249,8 @@ def test_rows_are_placed_in_their_file(tmp_path):
         (tmp_path / name).write_bytes(csv_bytes([{"text": str(number)} for number in numbers]))
     table = read_source(section(path=str(tmp_path), data_files="*.csv")).tables["train"]
     assert table.data["text"][:] == ["0", "1", "2", "3", "4", "5"]
-    places = [f"{tmp_path / name}, row {row}" for name, row in zip("aaabbc", (0, 1, 2, 0, 1, 0), strict=True)]
-    assert [table.place(row).replace(".csv", "") for row in range(6)] == places
+    places = [f"{tmp_path / name}.csv, row {row}" for name, row in zip("aaabbc", (0, 1, 2, 0, 1, 0), strict=True)]
+    assert [table.place(row) for row in range(6)] == places
     assert sum(origin.rows for origin in table.origins) == len(table.data)
 
 
@@ -280,6 +281,15 @@ def test_readers_at_once_leave_one_whole_file(tmp_path, own_cache):
     assert [file.suffix for file in own_cache.rglob("*") if file.is_file()] == [".arrow"]
 
 
+def test_a_damaged_copy_is_named(tmp_path, own_cache):
+    (tmp_path / "a.csv").write_text(GOOD)
+    read_files([tmp_path / "a.csv"])
+    (copy,) = own_cache.rglob("*.arrow")
+    copy.write_bytes(b"damaged.")
+    with pytest.raises(DataError, match=f"^{copy}: .*delete it"):
+        read_files([tmp_path / "a.csv"])
+
+
 def test_a_broken_file_leaves_nothing_behind(tmp_path, own_cache):
     (tmp_path / "a.csv").write_text("text\n" + "x\n" * 3000 + 'a,"b\n')
     with pytest.raises(DataError):
@@ -291,6 +301,7 @@ def test_a_broken_file_leaves_nothing_behind(tmp_path, own_cache):
 
 GOOD = "text,label\na,1\nb,0\n"
 FAR = b"x" * (2**20 - 1) + "差".encode()  # begins in one chunk and ends in the next
+NO_UTF8 = pa.table({"text": pa.array([b"caf\xe9"]).view(pa.string())})
 FAULTS = {  # name: file, content, what the message holds
     "ragged": ("a.csv", GOOD + "a,b,c\n", ["line 4", "3 cells for 2 columns", "quotes"]),
     "ragged after lines in cells": ("a.csv", 'text,label\n"a\nb",1\na,b,c\n', ["line 4", "3 cells"]),
@@ -331,6 +342,7 @@ FAULTS = {  # name: file, content, what the message holds
     "cut parquet": ("a.parquet", parquet_bytes(TABLE)[:-9], ["damaged", "write it again"]),
     "cut arrow file": ("a.arrow", arrow_bytes(TABLE, pa.ipc.new_file)[:-9], ["damaged", "write it again"]),
     "cut arrow": ("a.arrow", arrow_bytes(TABLE, pa.ipc.new_stream)[:-99], ["damaged", "write it again"]),
+    "text that is no UTF-8": ("a.parquet", parquet_bytes(NO_UTF8), ["a.parquet", "damaged"]),
     "csv named gz": ("a.csv.gz", GOOD, ["no csv gz file", "rename"]),
     "unknown extension": ("a.xlsx", "x", ["extension", ".csv", ".parquet", ".zst"]),
     "no extension": ("reviews", "x", ["extension", ".csv", ".parquet", ".zst"]),
@@ -620,6 +632,35 @@ def test_answers_of_the_hub(monkeypatch, kind, status, remedy):
     assert remedy in str(caught.value)
 
 
+def test_what_is_asked_of_the_hub(monkeypatch):
+    asked = {}
+
+    def load_dataset(*args, **keys):
+        asked[args] = keys
+        return datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": ["a"]}))
+
+    monkeypatch.setattr(sources, "_commit", lambda *_: NEW)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = read_source(section(path="org/reviews", name="first", revision="v1", data_files={"train": "a.csv"}))
+    assert asked == {("org/reviews", "first"): {"revision": NEW, "data_files": {"train": "a.csv"}}}
+    assert source.revision == NEW
+    assert source.tables["train"].origins == (Origin("org/reviews train", 1),)
+
+
+def test_a_hub_out_of_reach_is_no_error_where_a_snapshot_is_cached(tmp_path, monkeypatch, caplog):
+    def time_out(*_, **__):
+        raise TimeoutError("no answer")
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", time_out)
+    snapshot = write_configs(tmp_path / NEW, "cached")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(snapshot))
+    source = read_source(section(path="org/reviews", name="first"))
+    assert texts(source) == {"train": ["cached first"]}
+    assert source.revision == NEW
+    assert "the Hub is not reached (TimeoutError)" in caplog.text
+
+
 def test_datasets_that_need_a_script(monkeypatch):
     def refuse(*_, **__):
         raise RuntimeError("Dataset scripts are no longer supported, but found reviews.py")
@@ -662,3 +703,16 @@ def test_addresses_are_read_again_when_changed_and_never_show_secrets(tmp_path, 
         assert str(caught.value).startswith("http://127.0.0.1")
         assert "secret" not in str(caught.value)
         assert "hidden" not in str(caught.value)
+
+
+def test_folders_and_patterns_of_any_file_system(monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    memory = fsspec.filesystem("memory")
+    for name in ("train_1", "train_2", "test"):
+        memory.pipe(f"/reviews/{name}.csv", f"text\n{name}\n".encode())
+    expected = {"train": ["train_1", "train_2"], "test": ["test"]}
+    assert texts(read_source(section(path="memory://reviews"))) == expected
+    assert texts(read_source(section(path="memory://reviews", data_files="tr*.csv"))) == {"train": expected["train"]}
+    assert texts(read_source(section(data_files="memory://reviews/test.csv"))) == {"train": ["test"]}
+    with pytest.raises(DataError, match=r"memory://reviews/x\*: no file is found.*; correct"):
+        read_source(section(data_files="memory://reviews/x*"))

@@ -1,0 +1,128 @@
+"""All that a recipe names, read and checked before anything is computed: data, tokenizer, model, metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from accel_trainer import hardware, metrics
+from accel_trainer.data import LabelledData, Split, load_labelled, tokenise
+from accel_trainer.errors import UserError
+from accel_trainer.model import build_model, load_config, weights_sha256
+from accel_trainer.recipe import Recipe
+from accel_trainer.tokenization import load_tokenizer, longest_input, tokenizer_sha256
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that a recipe names, read and checked; the model is on the CPU, in float32, as the seed makes it."""
+
+    recipe: Recipe  # with revisions, hashes and max_length pinned
+    splits: dict[str, Split]  # by role
+    label_names: list[str]
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel
+    initial_sha256: str
+    metrics: dict[str, Any]  # loaded modules by name
+    notes: list[str]
+
+
+def read_inputs_together(accelerator: Accelerator, recipe: Recipe, *, trust_remote_code: bool = False) -> Inputs:
+    """`read_inputs`, by the first process of each machine before the others, so that the caches are written once.
+
+    Raises:
+        UserError: on every process, if it showed on any; or the processes made different initial weights.
+    """
+    with hardware.together(accelerator), hardware.first_process_first(accelerator):
+        inputs = read_inputs(recipe, trust_remote_code=trust_remote_code)
+    hashes = gather_object([inputs.initial_sha256])
+    if len(set(hashes)) > 1:
+        raise UserError(
+            f"the processes made different initial weights ({', '.join(h[:12] for h in hashes)}); "
+            "give every machine the same checkpoint and the same versions of torch and transformers"
+        )
+    return inputs
+
+
+def read_inputs(recipe: Recipe, *, trust_remote_code: bool = False) -> Inputs:
+    """Read and check the data, the tokenizer, the model and the metrics.
+
+    Raises:
+        UserError: any of them is not as the recipe says.
+    """
+    loaded = metrics.load_metrics(recipe.evaluation.metrics, allow_remote_code=trust_remote_code)
+    data = load_labelled(recipe.dataset)
+    training_texts = (
+        text for texts, pairs in data.roles["train"].texts(recipe.dataset) for text in [*texts, *(pairs or [])]
+    )
+    tokenizer = load_tokenizer(recipe.model, training_texts, trust_remote_code=trust_remote_code)
+    config = load_config(recipe.model, data.label_names, tokenizer, trust_remote_code=trust_remote_code)
+    max_length = longest_input(recipe.dataset.max_length, tokenizer, config)
+    tokenizer.model_max_length = max_length  # travels with the model, so that pipelines cut where training did
+    splits = {role: tokenise(rows, recipe.dataset, tokenizer, max_length) for role, rows in data.roles.items()}
+    model = build_model(recipe.model, config, recipe.training.seed, trust_remote_code=trust_remote_code)
+    return Inputs(
+        recipe=pinned(recipe, data, max_length, config),
+        splits=splits,
+        label_names=data.label_names,
+        tokenizer=tokenizer,
+        model=model,
+        initial_sha256=weights_sha256(model.state_dict()),
+        metrics=loaded,
+        notes=[*data.notes, *truncation_notes(splits, max_length)],
+    )
+
+
+def truncation_notes(splits: dict[str, Split], max_length: int) -> list[str]:
+    """One line per split that was cut to the maximum length."""
+    return [
+        f"{role}: {split.tokens.truncated} of {len(split)} rows ({split.tokens.truncated / len(split):.1%}) are longer than "
+        f"{max_length} tokens and were cut"
+        for role, split in splits.items()
+        if split.tokens.truncated
+    ]
+
+
+def pinned(recipe: Recipe, data: LabelledData, max_length: int, config: Any) -> Recipe:
+    """The recipe with everything in it that could mean something else tomorrow fixed: commits, rows, length, labels."""
+    dataset = recipe.dataset.model_copy(
+        update={
+            "revision": data.revision or recipe.dataset.revision,
+            "max_length": max_length,
+            "labels": recipe.dataset.labels or data.label_names,
+            "sha256": {role: rows.sha256 for role, rows in data.roles.items()},
+        }
+    )
+    commit = getattr(config, "_commit_hash", None)
+    model = recipe.model.model_copy(update={"revision": commit or recipe.model.revision})
+    return recipe.model_copy(update={"dataset": dataset, "model": model})
+
+
+def mathematics(inputs: Inputs) -> dict[str, Any]:
+    """All that the steps of a run are a function of, as JSON; where the data lie and what is logged is left out."""
+    recipe = inputs.recipe.model_dump(mode="json")
+    for key in ("path", "name", "revision", "data_files", "encoding", "sha256"):
+        del recipe["dataset"][key]  # what was read is compared, by its hash
+    for key in ("checkpoint", "revision", "tokenizer"):
+        del recipe["model"][key]
+    return {
+        **{section: recipe[section] for section in ("dataset", "model", "training", "evaluation")},
+        "data": {role: split.rows.sha256 for role, split in inputs.splits.items()},
+        "labels": inputs.label_names,
+        "tokenizer": tokenizer_sha256(inputs.tokenizer),
+    }
+
+
+def differences(before: Any, now: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+    """Dotted keys whose values differ between two nested dictionaries, with both values."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return [
+            entry
+            for name in sorted({*before, *now})
+            for entry in differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)
+        ]
+    return [] if before == now else [(key, before, now)]

@@ -1,0 +1,278 @@
+"""A run: what is prepared on its hardware, how far it is, and what it writes and reads back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from accel_trainer import artifacts, checkpoint, hardware
+from accel_trainer.errors import RunFolderError
+from accel_trainer.inputs import Inputs, differences, mathematics
+from accel_trainer.model import count_parameters
+from accel_trainer.optim import (
+    build_optimizer,
+    build_scheduler,
+    load_state_by_name,
+    parameter_groups,
+    state_by_name,
+)
+from accel_trainer.plan import TrainingPlan
+from accel_trainer.recipe_file import to_yaml
+from accel_trainer.run_folder import RunFolder, write_json, write_text
+from accel_trainer.tokenization import tokenizer_sha256
+from accel_trainer.tracking import logger
+
+
+@dataclass
+class TrainerState:
+    """How far a run is. Saved with every checkpoint, as JSON."""
+
+    step: int = 0
+    tokens: int = 0  # real tokens trained on
+    positions: int = 0  # real and padding tokens computed
+    padded_positions: int = 0  # what padding every global batch to its longest example would have computed
+    loss_sum: float = 0.0  # over all processes, since the last logged line
+    examples: int = 0  # likewise
+    best_metric: float | None = None
+    best_step: int | None = None
+    evaluations_since_best: int = 0
+    stopped_early: bool = False
+    overflows: int = 0  # fp16 only: steps repeated with a smaller scale
+    seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "evaluate": 0.0, "save": 0.0})
+
+
+@dataclass
+class Run:
+    """What `fit` works with: everything prepared, on its device."""
+
+    accelerator: Accelerator
+    inputs: Inputs
+    plan: TrainingPlan
+    folder: RunFolder
+    model: nn.Module
+    optimizer: Optimizer
+    scheduler: LRScheduler
+    state: TrainerState
+    max_tokens: int
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that writes."""
+        return bool(self.accelerator.is_main_process)
+
+
+def prepare(
+    accelerator: Accelerator,
+    inputs: Inputs,
+    folder: RunFolder,
+    *,
+    max_tokens_per_device: int | None = None,
+    gradient_checkpointing: bool = False,
+) -> Run:
+    """Put model and optimizer on their device, wrapped as the accelerate config says, and open the trackers."""
+    recipe = inputs.recipe
+    plan = TrainingPlan.of(recipe, len(inputs.splits["train"]))
+    if gradient_checkpointing:
+        inputs.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+    groups = parameter_groups(inputs.model, recipe.training)
+    optimizer = build_optimizer(groups, recipe.training, accelerator.device)
+    # The schedule stays unprepared: Accelerate's wrapper would move it once per process and update.
+    scheduler = build_scheduler(optimizer, recipe.training, plan)
+    model, prepared = accelerator.prepare(inputs.model, optimizer)
+    if recipe.tracking.report_to:
+        flat = {key: str(value) for key, _, value in differences({}, recipe.model_dump(mode="json"))}
+        accelerator.init_trackers(recipe.tracking.project_name, config=flat)
+    return Run(
+        accelerator=accelerator,
+        inputs=inputs,
+        plan=plan,
+        folder=folder,
+        model=model,
+        optimizer=prepared,
+        scheduler=scheduler,
+        state=TrainerState(),
+        max_tokens=hardware.tokens_per_device(accelerator, max_tokens_per_device),
+    )
+
+
+def write_run_json(run: Run) -> None:
+    """Write recipe.yaml and run.json: what is about to be done, on what, and with which versions."""
+    facts = hardware.describe(run.accelerator)
+    if not run.is_main:
+        return
+    inputs, plan = run.inputs, run.plan
+    counts = count_parameters(inputs.model)
+    header = f"Resolved recipe of a run of accel_trainer {hardware.versions()['accel_trainer']}; it runs as it stands."
+    write_text(run.folder.recipe, to_yaml(inputs.recipe, header=header))
+    write_json(
+        run.folder.run,
+        {
+            "hardware": facts,
+            "max_tokens_per_device": run.max_tokens,
+            "versions": hardware.versions(),
+            "git_commit": hardware.git_commit(Path.cwd()),
+            "plan": plan.as_dict(),
+            "parameters": counts,
+            "initial_weights_sha256": inputs.initial_sha256,
+            "tokenizer_sha256": tokenizer_sha256(inputs.tokenizer),
+            "labels": inputs.label_names,
+            "dataset": {
+                role: {
+                    "rows": len(split),
+                    "sha256": split.rows.sha256,
+                    "tokens": int(split.tokens.lengths.sum()),
+                    "truncated": split.tokens.truncated,
+                }
+                for role, split in inputs.splits.items()
+            },
+            "notes": inputs.notes,
+        },
+    )
+    logger.info(
+        "%d examples, %d steps of %d (%d an epoch), %s of %s parameters trained; %d process%s on %s, precision %s",
+        plan.num_examples,
+        plan.total_steps,
+        plan.global_batch_size,
+        plan.steps_per_epoch,
+        f"{counts['trainable']:,}",
+        f"{counts['total']:,}",
+        facts["num_processes"],
+        "" if facts["num_processes"] == 1 else "es",
+        facts["device"],
+        "float32" if facts["mixed_precision"] == "no" else facts["mixed_precision"],
+    )
+
+
+def record(run: Run, line: dict[str, Any]) -> None:
+    """Write a line to metrics.jsonl and to the trackers."""
+    if run.is_main:
+        run.folder.append_metrics(line)
+    prefix = f"{line['split']}/" if "split" in line else "train/"
+    values = {prefix + name: value for name, value in line.items() if name not in ("step", "split")}
+    run.accelerator.log(values, step=line["step"])
+
+
+def write_model(run: Run, folder: Path, scores: dict[str, dict[str, float]]) -> None:
+    """Write the current weights as a folder that transformers loads. Collective: every process must call it."""
+    weights = run.accelerator.get_state_dict(run.model)
+    if run.is_main:
+        card = artifacts.model_card(run.inputs.recipe, run.inputs.label_names, run.state.step, scores)
+        artifacts.save_model(folder, run.inputs.model, weights, run.inputs.tokenizer, card)
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint and delete the oldest. Collective: every process must call it."""
+    started = time.perf_counter()
+    weights = run.accelerator.get_state_dict(run.model)
+    tensors, values = state_by_name(_inner(run.optimizer), run.inputs.model)
+    if run.is_main:
+        scaler = run.accelerator.scaler
+        checkpoint.save_checkpoint(
+            run.folder.checkpoints,
+            run.state.step,
+            weights,
+            tensors,
+            {
+                "state": asdict(run.state),
+                "scheduler": _plain(run.scheduler.state_dict()),
+                "optimizer_values": values,
+                "scaler": None if scaler is None else scaler.state_dict(),
+                "mathematics": mathematics(run.inputs),
+                "num_processes": run.accelerator.num_processes,
+                "max_tokens_per_device": run.max_tokens,
+            },
+        )
+        checkpoint.rotate(run.folder.checkpoints, run.inputs.recipe.saving.save_total_limit)
+        run.folder.set_status("running", run.state.step)
+    run.accelerator.wait_for_everyone()
+    run.state.seconds["save"] += time.perf_counter() - started
+
+
+def restore(run: Run, path: Path, allow_changed: Sequence[str]) -> None:
+    """Continue from a checkpoint: weights, optimizer, schedule, scaler and state are those of the saved step.
+
+    Raises:
+        RunFolderError: the checkpoint is damaged, or belongs to other mathematics than the recipe's.
+    """
+    weights, tensors, saved = checkpoint.load_checkpoint(path)
+    changed = [
+        (key, before, now)
+        for key, before, now in differences(saved["mathematics"], mathematics(run.inputs))
+        if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in allow_changed)
+    ]
+    if changed:
+        listed = "\n".join(f"  {key}: {before!r} in the checkpoint, {now!r} now" for key, before, now in changed)
+        raise RunFolderError(
+            f"{path} was trained on other mathematics:\n{listed}\n"
+            "Restore these values, start afresh in another --output_dir, or name each with --allow_changed KEY"
+        )
+    run.inputs.model.load_state_dict(weights)
+    load_state_by_name(_inner(run.optimizer), run.inputs.model, tensors, saved["optimizer_values"])
+    run.scheduler.load_state_dict({**run.scheduler.state_dict(), **saved["scheduler"]})
+    for group, rate in zip(_inner(run.optimizer).param_groups, run.scheduler.get_last_lr(), strict=True):
+        group["lr"] = rate
+    if run.accelerator.scaler is not None and saved["scaler"] is not None:
+        run.accelerator.scaler.load_state_dict(saved["scaler"])
+    run.state = TrainerState(**saved["state"])
+
+
+def continue_run(run: Run, path: Path | None, allow_changed: Sequence[str]) -> None:
+    """Restore the checkpoint at `path`, or the newest sound one; start afresh if there is none.
+
+    Raises:
+        RunFolderError: the checkpoint is damaged, or belongs to other mathematics than the recipe's.
+    """
+    complaints: list[str] = []
+    if path is None:
+        path, complaints = checkpoint.newest_sound(run.folder.checkpoints)
+    for complaint in complaints:
+        logger.warning("%s", complaint)
+    if path is None:
+        logger.info("no checkpoint in %s: starting from the beginning", run.folder.path)
+    else:
+        restore(run, path, allow_changed)
+        logger.info("continuing from %s, step %d of %d", path, run.state.step, run.plan.total_steps)
+    if run.is_main:
+        run.folder.cut_metrics(run.state.step)
+    run.accelerator.wait_for_everyone()
+
+
+def throughput(run: Run) -> dict[str, Any]:
+    """Speed of the optimizer steps; evaluating and saving are counted apart."""
+    state, plan = run.state, run.plan
+    seconds = state.seconds["train"]
+    epochs, rest = divmod(state.step, plan.steps_per_epoch)
+    examples = epochs * plan.num_examples + min(rest * plan.global_batch_size, plan.num_examples)
+    return {
+        "train_runtime": seconds,
+        "train_samples_per_second": examples / seconds if seconds else None,
+        "train_steps_per_second": state.step / seconds if seconds else None,
+        "train_tokens_per_second": state.tokens / seconds if seconds else None,
+        "steps": state.step,
+        "epochs": plan.epoch(state.step),
+        "examples": examples,
+        "tokens": state.tokens,
+        "padding_avoided": 1 - state.positions / state.padded_positions if state.padded_positions else 0.0,
+        "evaluation_runtime": state.seconds["evaluate"],
+        "saving_runtime": state.seconds["save"],
+        "overflows": state.overflows,
+        "best_step": state.best_step,
+        "best_metric": state.best_metric,
+        "stopped_early": state.stopped_early,
+    }
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in state.items() if isinstance(value, int | float | list | str | bool | None)}
+
+
+def _inner(optimizer: Optimizer) -> Optimizer:
+    return getattr(optimizer, "optimizer", optimizer)

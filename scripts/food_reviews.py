@@ -5,8 +5,10 @@ complete hand-written reviews. A review is a frame whose slots are filled at ran
 as people do: typos, dropped punctuation, stretched words, capitals, emoji. Many frames take either verdict, so that a
 negation or the order of two clauses, and not the words alone, decides the label.
 
-Every clause, frame, closing verdict and hand-written review belongs to exactly one split. Only single words, dish names,
-amounts and emoji are common to all, and no longer clause stands in two splits (`check` asserts it).
+Every sentence frame, clause and hand-written review belongs to exactly one split. Common to all are single words, dish
+names, amounts, emoji, neutral notes and short closing verdicts; no longer clause stands in two splits (`check` asserts
+it). Frames held out for validation and test use only words that train has, so that they measure whether a new
+construction is understood and not whether an unseen word is guessed.
 
     python scripts/food_reviews.py --output recipes/data/food_reviews
 """
@@ -44,8 +46,8 @@ CONSTRUCTIONS = {"plain frame", "contrast frame", "emoji frame", "direct clause"
     f"{mood} short" for mood in MOODS.values()
 }
 
-FRAME_WEIGHTS = {"plain frame": 64, "contrast frame": 17, "mood contrast frame": 5, "long frame": 8, "emoji frame": 6}
-CLAUSE_WEIGHTS = {"direct clause": 81, "negated clause": 14, "aspect clause": 5}
+FRAME_WEIGHTS = {"plain frame": 68, "contrast frame": 14, "mood contrast frame": 4, "long frame": 8, "emoji frame": 6}
+CLAUSE_WEIGHTS = {"direct clause": 83, "negated clause": 12, "aspect clause": 5}
 
 LONG_CLAUSE_WORDS = 6
 LONG_CLAUSE_CHARACTERS = 10
@@ -106,7 +108,7 @@ def share_of(sections: dict[str, list[str]], split: str) -> dict[str, list[str]]
     }
 
     def owner(name: str, letter: str, entry: str) -> str:
-        # What is held out asks for the understanding of a new construction, not for words that nobody could have learnt.
+        # A frame with a word that train lacks would test guessing, not the understanding of a new construction.
         return "T" if name in CONSTRUCTIONS and not words_of(entry) <= known else letter
 
     letter_of_split = SPLIT_LETTERS[split]
@@ -152,15 +154,13 @@ class Writer:
 
     def fill(self, frame: str, positive: bool) -> str:
         """Fill the slots of a frame; what fills a slot may have slots of its own."""
-        mood, other = MOODS[positive], MOODS[not positive]
+        mood = MOODS[positive]
 
         def filling(match: re.Match[str]) -> str:
             slot = match[1]
             if slot in "XY":
                 return self.clause(positive if slot == "X" else not positive)
-            section = {"V": f"{mood} verdict", "E": f"{mood} emoji", "N": "neutral", "x": mood, "y": other}.get(
-                slot, slot
-            )
+            section = {"V": f"{mood} verdict", "E": f"{mood} emoji", "N": "neutral"}.get(slot, slot)
             return self.fill(self.pick(section), positive)
 
         return SLOT.sub(filling, frame)

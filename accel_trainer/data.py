@@ -96,7 +96,7 @@ def load_labelled(section: DatasetSection) -> LabelledData:
     roles: dict[str, Rows] = {}
     notes: list[str] = []
     for role, (table, rows) in selected.items():
-        roles[role] = _rows_of_role(section, role, table, _capped(section, role, rows), names, notes)
+        roles[role] = rows_of_role(section, role, table, _capped(section, role, rows), names, notes)
     _check_roles(roles, names, notes)
     notes.extend(_shared_texts(section, roles))
     _check_locked(section, roles)
@@ -250,10 +250,22 @@ def _label_names(section: DatasetSection, roles: dict[str, tuple[Table, order.Ro
     return given or infer_names(values, section.label_column)
 
 
-def _rows_of_role(
+def rows_of_role(
     section: DatasetSection, role: str, table: Table, rows: order.Rows, names: list[str], notes: list[str]
 ) -> Rows:
-    """One role's rows with labels and hash, its texts checked."""
+    """The rows of one role with their labels and hash, every text checked.
+
+    Args:
+        section: names columns and labels.
+        role: train, validation or test; only a test split may lack labels.
+        table: where the rows stand.
+        rows: which of them, in order.
+        names: label names by class id.
+        notes: what is worth telling is added here.
+
+    Raises:
+        DataError: a text is missing, or a label is unknown.
+    """
 
     def place(row: int) -> str:
         return table.place(int(rows[row]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -19,8 +19,10 @@ MOST_INFERRED_CLASSES = 1000
 
 
 def is_unlabelled(value: Any) -> bool:
-    """Whether a cell says "no label": null, nothing, or -1 as the public benchmarks write it for hidden labels."""
-    return value is None or value in (UNLABELLED, str(UNLABELLED)) or (isinstance(value, str) and not value.strip())
+    """Whether a cell says "no label": null, nothing, NaN, or -1 as the public benchmarks write it for hidden labels."""
+    if isinstance(value, str):
+        return value.strip() in ("", str(UNLABELLED))
+    return value is None or bool(value == UNLABELLED) or (isinstance(value, float | np.floating) and bool(np.isnan(value)))
 
 
 def canonical(value: Any) -> str | int:
@@ -57,27 +59,38 @@ def infer_names(values: Sequence[Any], label_column: str) -> list[str]:
             f"column {label_column!r} holds {len(distinct)} different values in {len(values)} rows ({example}, …); "
             "set dataset.label_column to the column of the labels, or list them in dataset.labels"
         )
-    integers = [_as_integer(value) for value in distinct]
-    if all(integer is not None for integer in integers):
-        numbers = sorted(integer for integer in integers if integer is not None)
-        return [str(number) for number in numbers]
-    return sorted(str(value) for value in distinct)
+    names = sorted(str(value) for value in distinct)
+    if all(_as_integer(value) is not None for value in distinct):
+        names.sort(key=int)  # 2 before 10; as written, or `01` would be no name and be taken for a class id
+    return names
 
 
-def _match(value: str | int, names: Sequence[str], mapping: dict[str, str] | None) -> int | None:
+def _integers_are_ids(keys: Collection[str | int], names: Sequence[str]) -> bool:
+    """Whether a column's integers count the classes from 0, or are names of classes themselves; never some of each.
+
+    The ratings 1 to 5 are the names `1` to `5`; where such classes are written 0 to 4, the cell `1` is the class `2`.
+    """
+    integers = [integer for key in keys if (integer := _as_integer(key)) is not None]
+    named = [str(key) in names for key in keys if _as_integer(key) is not None]
+    return not all(named) and (not any(named) or all(0 <= integer < len(names) for integer in integers))
+
+
+def _match(value: str | int, names: Sequence[str], mapping: dict[str, str] | None, by_id: bool) -> int | None:
     """Class id of one distinct value, or None.
 
     A name is recognised as it is, then whatever its case, then from an abbreviation that fits it alone
-    (`neg` for NEGATIVE). An integer that is no name is a class id.
+    (`neg` for NEGATIVE). Integers are class ids where `by_id` says so.
     """
     if mapping is not None:
         name = mapping.get(str(value))
         return None if name is None else names.index(name)
+    integer = _as_integer(value)
+    if integer is not None and by_id:
+        return integer if 0 <= integer < len(names) else None
     if str(value) in names:
         return names.index(str(value))
-    integer = _as_integer(value)
     if integer is not None:
-        return integer if 0 <= integer < len(names) else None
+        return None
     text = str(value).casefold()
     folded = [name.casefold() for name in names]
     same = [i for i, name in enumerate(folded) if name == text]
@@ -103,14 +116,19 @@ def label_ids(
         ids of shape (rows,); and {value: name} for the values that are neither a name nor an id as they stand.
 
     Raises:
-        DataError: a value belongs to no class, or two values were guessed to be the same class.
+        DataError: a value belongs to no class.
     """
-    keys = [None if is_unlabelled(value) else canonical(value) for value in values]
+    said = mapping if mapping is not None else names  # where -1 stands there, it is a class like any other
+    keys = [
+        None if is_unlabelled(value) and (value is None or str(canonical(value)) not in said) else canonical(value)
+        for value in values
+    ]
     first: dict[str | int, int] = {}
     for row, key in enumerate(keys):
         if key is not None:
             first.setdefault(key, row)
-    matched = {key: _match(key, names, mapping) for key in first}
+    by_id = _integers_are_ids(first, names)
+    matched = {key: _match(key, names, mapping, by_id) for key in first}
     unknown = [key for key, class_id in matched.items() if class_id is None]
     if unknown:
         key = unknown[0]

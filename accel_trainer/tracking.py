@@ -7,7 +7,9 @@ import sys
 import time
 from typing import Any
 
+import datasets
 from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
 
 logger = logging.getLogger("accel_trainer")
 
@@ -24,6 +26,13 @@ def speak_on(main_process: bool) -> None:
     logger.handlers = [_ThroughTheBar()]
     logger.propagate = False
     logger.setLevel(logging.INFO if main_process else logging.ERROR)
+
+
+def quieten_libraries() -> None:
+    """Leave the terminal to what this program has to say."""
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    datasets.disable_progress_bars()
 
 
 def clock(seconds: float) -> str:

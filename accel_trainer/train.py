@@ -21,14 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers.utils import logging as transformers_logging
 
 from accel_trainer import artifacts, batching, checkpoint, hardware, metrics, order
 from accel_trainer.data import Split
@@ -42,7 +40,7 @@ from accel_trainer.recipe_file import load_recipe
 from accel_trainer.run import Run, continue_run, prepare, record, save, throughput, write_model, write_run_json
 from accel_trainer.run_folder import RunFolder, open_run_folder, watched, write_json
 from accel_trainer.signals import StopRequest
-from accel_trainer.tracking import Progress, logger, speak_on
+from accel_trainer.tracking import Progress, logger, quieten_libraries, speak_on
 
 
 @dataclass(frozen=True)
@@ -374,13 +372,6 @@ def print_scores(scores: dict[str, dict[str, float]], path: Path) -> None:
         for role, values in scores.items():
             print(f"{role:<12}" + "".join(f"{values[name]:>{width + 2}.4f}" for name in names))
     print(f"\nrun: {path}\nmodel: {path / 'model'}", flush=True)
-
-
-def quieten_libraries() -> None:
-    """Leave the terminal to what this program has to say."""
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    datasets.disable_progress_bars()
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:

@@ -47,7 +47,14 @@ CONSTRUCTIONS = {"plain frame", "contrast frame", "emoji frame", "direct clause"
 }
 
 FRAME_WEIGHTS = {"plain frame": 68, "contrast frame": 14, "mood contrast frame": 4, "long frame": 8, "emoji frame": 6}
-CLAUSE_WEIGHTS = {"direct clause": 83, "negated clause": 12, "aspect clause": 5}
+
+# Negation takes the most examples to learn, so train shows more of it than the held-out splits, which keep to a share
+# nearer to life.
+CLAUSE_WEIGHTS = {
+    "train": {"direct clause": 77, "negated clause": 19, "aspect clause": 4},
+    "validation": {"direct clause": 83, "negated clause": 13, "aspect clause": 4},
+    "test": {"direct clause": 83, "negated clause": 13, "aspect clause": 4},
+}
 
 LONG_CLAUSE_WORDS = 6
 LONG_CLAUSE_CHARACTERS = 10
@@ -123,9 +130,10 @@ def share_of(sections: dict[str, list[str]], split: str) -> dict[str, list[str]]
 class Writer:
     """Writes the reviews of one language for one split."""
 
-    def __init__(self, language: str, sections: dict[str, list[str]], rng: random.Random) -> None:
+    def __init__(self, language: str, split: str, sections: dict[str, list[str]], rng: random.Random) -> None:
         self.language = language
-        self.sections = sections
+        self.sections = share_of(sections, split)
+        self.clause_weights = CLAUSE_WEIGHTS[split]
         self.rng = rng
         self.aspects: list[str] = []
 
@@ -170,7 +178,7 @@ class Writer:
         if not self.aspects:
             self.aspects = sorted(ASPECTS, key=lambda aspect: self.rng.random() ** (1 / ASPECTS[aspect]))
         aspect = self.aspects.pop()
-        kind = self.pick_weighted(CLAUSE_WEIGHTS)
+        kind = self.pick_weighted(self.clause_weights)
         if kind == "aspect clause":
             if self.sections[f"{aspect} {MOODS[positive]} clause"]:
                 return self.fill(self.pick(f"{aspect} {MOODS[positive]} clause"), positive)
@@ -184,10 +192,14 @@ class Writer:
             "is": "are" if plural else "is",
             "wasn't": "weren't" if plural else "wasn't",
             "isn't": "aren't" if plural else "isn't",
-            "x": self.pick(f"{aspect} {MOODS[positive]}"),
             "y": self.pick(f"{aspect} {MOODS[not positive]}"),
         }
-        return SLOT.sub(lambda match: words[match[1]], self.pick(kind))
+        frame = self.pick(kind)
+        agreeing = self.sections[f"{aspect} {MOODS[positive]}"]
+        judgements = iter(self.rng.sample(agreeing, len(agreeing)))
+        if "{x}{x}" in frame:
+            frame = frame.replace("{x}", next(judgements))
+        return SLOT.sub(lambda match: next(judgements) if match[1] == "x" else words[match[1]], frame)
 
     def roughen(self, text: str, positive: bool, with_emoji: bool) -> str:
         """Give a text the looks of something typed on a phone."""
@@ -271,7 +283,7 @@ def make(material: Path) -> dict[str, list[Row]]:
     for split in ("test", "validation", "train"):
         rows: list[Row] = []
         for language, name in MATERIAL.items():
-            writer = Writer(language, share_of(read_material(material / name), split), rng)
+            writer = Writer(language, split, read_material(material / name), rng)
             wanted = len(rows) + ROWS[split] // len(MATERIAL)
             rows += (row for row in writer.handwritten())
             texts.update(fingerprint(row.review) for row in rows)

@@ -1,0 +1,282 @@
+"""Label text with a trained model, and score it on other data.
+
+    accel-trainer predict RUN_OR_MODEL --text "…"
+    accel-trainer predict RUN_OR_MODEL --input reviews.csv --output labelled.csv
+    accel-trainer evaluate RUN_OR_MODEL --input other.csv
+
+A file goes through in chunks, so that its size is bounded by the disk and not by memory; within a chunk rows are sorted
+by length and put back in order.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import torch
+import yaml
+from accelerate import Accelerator
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from accel_trainer import hardware, metrics
+from accel_trainer.artifacts import probabilities
+from accel_trainer.data import rows_of_role
+from accel_trainer.errors import CannotLoad, DataError, UserError
+from accel_trainer.evaluation import Logits, predict_logits
+from accel_trainer.recipe import DatasetSection, EvaluationSection, Recipe, SplitsSection
+from accel_trainer.sources import Table, read_files
+from accel_trainer.tokenization import tokens_of_texts
+from accel_trainer.tracking import quieten_libraries
+
+ROWS_AT_ONCE = 10_000  # rows in memory; enough for micro-batches of similar length, little enough for long texts
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A trained model ready to label text on the device at hand."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    accelerator: Accelerator
+    label_names: list[str]
+    max_length: int
+    max_tokens: int
+    recipe: Recipe | None  # of the run it came from, where that lies beside it
+
+    def logits(self, texts: list[str], pairs: list[str] | None = None) -> Logits:
+        """Logits of some texts, or pairs of texts, in their order; shape (texts, num_labels)."""
+        tokens = tokens_of_texts(self.tokenizer, [texts] if pairs is None else [texts, pairs], self.max_length)
+        return predict_logits(self.accelerator, self.model, tokens, self.max_tokens)
+
+
+def load_classifier(
+    path: str, *, max_tokens_per_device: int | None = None, trust_remote_code: bool = False
+) -> Classifier:
+    """The model of a run, of a model folder, or of a Hub id.
+
+    Raises:
+        UserError: there is none.
+    """
+    quieten_libraries()
+    folder = Path(path).expanduser()
+    if folder.is_dir() and (folder / "status.json").exists() and not (folder / "model").exists():
+        raise UserError(f"{path}: the run has no model yet; let it end first (--resume), or name its best/ folder")
+    run = folder if (folder / "model").is_dir() else folder.parent
+    name = str(folder / "model") if (folder / "model").is_dir() else path
+    recipe = None
+    if folder.is_dir() and (run / "recipe.yaml").is_file() and (run / "run.json").is_file():
+        # As it stands, without looking for the files it was trained on: they may be elsewhere by now.
+        recipe = Recipe.model_validate(yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8")))
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            name, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise CannotLoad("RUN_OR_MODEL", path, error) from error
+    accelerator = hardware.start_accelerator()
+    positions = getattr(model.config, "max_position_embeddings", 512)
+    return Classifier(
+        model=model.to(accelerator.device).eval(),
+        tokenizer=tokenizer,
+        accelerator=accelerator,
+        label_names=[str(model.config.id2label[i]) for i in range(model.config.num_labels)],
+        max_length=min(tokenizer.model_max_length, positions),
+        max_tokens=hardware.tokens_per_device(accelerator, max_tokens_per_device),
+        recipe=recipe,
+    )
+
+
+def predict_texts(classifier: Classifier, texts: list[str], pairs: list[str] | None = None) -> list[dict[str, Any]]:
+    """Prediction and probabilities of each text, in order."""
+    return _records(classifier, classifier.logits(texts, pairs))
+
+
+def _records(classifier: Classifier, logits: Logits) -> list[dict[str, Any]]:
+    names = classifier.label_names
+    return [
+        {
+            "prediction": names[int(row.argmax())],
+            "probabilities": {name: float(share) for name, share in zip(names, row, strict=True)},
+        }
+        for row in probabilities(logits)
+    ]
+
+
+def predict_file(
+    classifier: Classifier, source: Path, target: Path, text_column: str | None, text_pair_column: str | None = None
+) -> int:
+    """Write the rows of a file with a prediction and probabilities each, in order.
+
+    Args:
+        classifier: the model.
+        source: any table that `sources` reads.
+        target: .csv, .tsv, .jsonl or .parquet; it appears when it is complete.
+        text_column: column of the text; None: the recipe's.
+        text_pair_column: column of the second text; None: the recipe's.
+
+    Returns:
+        the number of rows.
+
+    Raises:
+        UserError: a column or text is missing, or the target cannot be written.
+    """
+    table = read_files([source])
+    columns = _text_columns(classifier, table, text_column, text_pair_column)
+    carried = [name for name in table.data.column_names if name not in ("prediction", "probabilities")]
+    with open_writer(target, classifier.label_names, table.data.features.arrow_schema, carried) as writer:
+        for start in range(0, len(table.data), ROWS_AT_ONCE):
+            chunk = table.data[start : start + ROWS_AT_ONCE]
+            texts = [_checked(chunk[column], column, table, start) for column in columns]
+            records = _records(classifier, classifier.logits(*texts))
+            writer.write([{**{name: chunk[name][i] for name in carried}, **record} for i, record in enumerate(records)])
+    return len(table.data)
+
+
+def _text_columns(classifier: Classifier, table: Table, text: str | None, pair: str | None) -> list[str]:
+    dataset = classifier.recipe.dataset if classifier.recipe else None
+    wanted = [
+        text or (dataset.text_column if dataset else "text"),
+        pair or (dataset.text_pair_column if dataset else None),
+    ]
+    columns = [column for column in wanted if column is not None]
+    for column, option in zip(columns, ("--text_column", "--text_pair_column"), strict=False):
+        if column not in table.data.column_names:
+            raise DataError(
+                f"{table.origins[0].name} has no column {column!r}; name the column of the text with {option}: "
+                f"{', '.join(table.data.column_names)}"
+            )
+    return columns
+
+
+def _checked(texts: list[Any], column: str, table: Table, start: int) -> list[str]:
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            found = "no text" if text is None else f"{type(text).__name__}, not text"
+            raise DataError(f"{table.place(start + i)}: column {column!r} holds {found}; complete or remove the row")
+    return texts
+
+
+class Writer(Protocol):
+    """Takes records of one shape, chunk by chunk."""
+
+    def write(self, records: Sequence[dict[str, Any]]) -> None:
+        """Append the records."""
+
+
+class _Jsonl:
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def write(self, records: Sequence[dict[str, Any]]) -> None:
+        self._file.writelines(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records)
+
+
+class _Csv:
+    def __init__(self, file: Any, delimiter: str, columns: list[str]) -> None:
+        # "\r\n", because the module leaves a lone "\r" in a cell unquoted under any other line end.
+        self._writer = csv.DictWriter(file, columns, delimiter=delimiter, lineterminator="\r\n")
+        self._writer.writeheader()
+
+    def write(self, records: Sequence[dict[str, Any]]) -> None:
+        for record in records:
+            shares = {f"probability_{name}": share for name, share in record["probabilities"].items()}
+            self._writer.writerow({**{k: v for k, v in record.items() if k != "probabilities"}, **shares})
+
+
+class _Parquet:
+    def __init__(self, file: Any, schema: pa.Schema) -> None:
+        self._schema, self._writer = schema, pyarrow.parquet.ParquetWriter(file, schema)
+
+    def write(self, records: Sequence[dict[str, Any]]) -> None:
+        self._writer.write_table(pa.Table.from_pylist(list(records), schema=self._schema))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+@contextmanager
+def open_writer(target: Path, label_names: list[str], schema: pa.Schema, carried: list[str]) -> Iterator[Writer]:
+    """A writer for `target`, which appears under its name when the block ends well.
+
+    Args:
+        target: .csv, .tsv, .jsonl or .parquet.
+        label_names: names by class id.
+        schema: of the table whose columns are carried over.
+        carried: their names.
+
+    Raises:
+        UserError: the suffix is unknown, or the file cannot be written.
+    """
+    suffix = target.suffix.lower()
+    if suffix not in (".csv", ".tsv", ".jsonl", ".parquet"):
+        raise UserError(f"--output {target}: unknown kind of file {suffix!r}; end it in .csv, .tsv, .jsonl or .parquet")
+    temporary = target.with_name(f".{target.name}.writing")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if suffix == ".parquet":
+            added = [
+                ("prediction", pa.string()),
+                ("probabilities", pa.struct([(name, pa.float64()) for name in label_names])),
+            ]
+            columns = pa.schema([*(schema.field(name) for name in carried), *(pa.field(*field) for field in added)])
+            with temporary.open("wb") as binary:
+                parquet = _Parquet(binary, columns)
+                yield parquet
+                parquet.close()
+        else:
+            with temporary.open("w", encoding="utf-8", newline="" if suffix != ".jsonl" else None) as file:
+                names = [*carried, "prediction", *(f"probability_{name}" for name in label_names)]
+                yield _Jsonl(file) if suffix == ".jsonl" else _Csv(file, "," if suffix == ".csv" else "\t", names)
+        temporary.replace(target)
+    except OSError as error:
+        raise UserError(f"--output {target}: {error.strerror or error}; make space, or write elsewhere") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def evaluate_file(
+    classifier: Classifier,
+    source: Path,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    text_pair_column: str | None = None,
+) -> tuple[dict[str, Any], str]:
+    """The recipe's metrics on the labelled rows of a file.
+
+    Returns:
+        metrics with per-class scores and confusion matrix, as results.json has them; and the same as a table of text.
+
+    Raises:
+        UserError: a column is missing, or a label is unknown.
+    """
+    table = read_files([source])
+    recipe = classifier.recipe
+    dataset = recipe.dataset if recipe else DatasetSection(path=str(source), splits=SplitsSection(train="train"))
+    settings = recipe.evaluation if recipe else EvaluationSection()
+    columns = _text_columns(classifier, table, text_column, text_pair_column)
+    section = dataset.model_copy(
+        update={
+            "text_column": columns[0],
+            "text_pair_column": columns[1] if len(columns) > 1 else None,
+            "label_column": label_column or dataset.label_column,
+            "labels": dataset.labels or classifier.label_names,
+            "sha256": None,
+        }
+    )
+    rows = rows_of_role(section, "validation", table, np.arange(len(table.data)), classifier.label_names, [])
+    if not rows.is_labelled:
+        raise DataError(f"{source}: rows without a label cannot be scored; label them, or use predict")
+    logits = np.concatenate([classifier.logits(texts, pairs) for texts, pairs in rows.texts(section, ROWS_AT_ONCE)])
+    loaded = metrics.load_metrics(settings.metrics)
+    scores = metrics.compute_metrics(loaded, logits, rows.labels, average=settings.average)
+    details = metrics.detailed_report(logits, rows.labels, classifier.label_names)
+    return {**scores, **details}, metrics.classification_report(details)

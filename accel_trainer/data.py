@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import repeat
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -106,6 +107,7 @@ def load_labelled(section: DatasetSection) -> LabelledData:
 def _slice_roles(section: DatasetSection, source: Source) -> dict[str, tuple[Table, order.Rows]]:
     """Rows of each role out of the source splits, shuffled before slicing where the recipe says so."""
     taken: dict[str, list[tuple[str, range]]] = {}
+    used: dict[str, tuple[str, Table]] = {}
     roles = {}
     for role, expression in section.splits.roles().items():
         tables, rows, offset = [], [], 0
@@ -132,11 +134,12 @@ def _slice_roles(section: DatasetSection, source: Source) -> dict[str, tuple[Tab
                         )
             taken.setdefault(role, []).append((piece.name, range(start, stop)))
             everything = np.arange(n) if section.shuffle_seed is None else order.shuffled(n, section.shuffle_seed)
+            used.setdefault(piece.name, (role, table))
             tables.append(table)
             rows.append(everything[start:stop] + offset)
             offset += n
         roles[role] = (_joined(tables), np.concatenate(rows))
-    _check_files(roles)
+    _check_files(used)
     return roles
 
 
@@ -149,16 +152,21 @@ def _joined(tables: list[Table]) -> Table:
     )
 
 
-def _check_files(roles: dict[str, tuple[Table, order.Rows]]) -> None:
-    """One file under two split names would put the same rows into two roles without any range overlapping."""
-    holder: dict[str, tuple[str, Table]] = {}
-    for role, (table, _) in roles.items():
+def _check_files(used: dict[str, tuple[str, Table]]) -> None:
+    """One file under two split names would give the same rows twice without any range overlapping.
+
+    Args:
+        used: source split → the first role that takes rows of it, and its table.
+    """
+    holder: dict[str, tuple[str, str]] = {}
+    for split, (role, table) in used.items():
         for origin in table.origins:
-            other, held = holder.setdefault(origin.name, (role, table))
-            if other != role and held.data is not table.data:
+            file = origin.name if "://" in origin.name else str(Path(origin.name).resolve())
+            other_split, other = holder.setdefault(file, (split, role))
+            if other_split != split:
                 raise DataError(
-                    f"dataset.data_files: {other} and {role} both read {origin.name}; give each role files of its own, "
-                    "or slice one split"
+                    f"dataset.data_files: {other} and {role} both read {origin.name}, as the splits {other_split!r} and "
+                    f"{split!r}; give each role files of its own, or slice one split"
                 )
 
 
@@ -182,7 +190,7 @@ def _draw_roles(section: DatasetSection, source: Source) -> dict[str, tuple[Tabl
             f"dataset.splits: {bounds[-1]} rows are asked for, {_source_name(section)} has {n}; ask for fewer"
         )
     names = _label_names(section, {"train": (table, np.arange(n))})
-    values = _column(section, "train", table, np.arange(n), section.label_column)
+    values = _label_cells(section, "train", table, np.arange(n), names)
     labels, _ = label_ids(values, names, _mapping(section), table.place)
     seed = DEFAULT_DRAW_SEED if section.shuffle_seed is None else section.shuffle_seed
     drawn = order.stratified(labels, seed)
@@ -250,6 +258,16 @@ def _label_names(section: DatasetSection, roles: dict[str, tuple[Table, order.Ro
     return given or infer_names(values, section.label_column)
 
 
+def _label_cells(section: DatasetSection, role: str, table: Table, rows: order.Rows, names: list[str]) -> list[Any]:
+    """Cells of the label column; where the data name their classes, ids become names, so that none is read twice."""
+    cells = _column(section, role, table, rows, section.label_column)
+    feature = table.data.features.get(section.label_column)
+    if not isinstance(feature, datasets.ClassLabel) or _mapping(section) is not None:
+        return cells
+    own = names if section.labels is not None else feature.names
+    return [own[cell] if cell is not None and 0 <= cell < len(own) else cell for cell in cells]
+
+
 def rows_of_role(
     section: DatasetSection, role: str, table: Table, rows: order.Rows, names: list[str], notes: list[str]
 ) -> Rows:
@@ -270,7 +288,7 @@ def rows_of_role(
     def place(row: int) -> str:
         return table.place(int(rows[row]))
 
-    values = _column(section, role, table, rows, section.label_column)
+    values = _label_cells(section, role, table, rows, names)
     labels, guessed = label_ids(values, names, _mapping(section), place)
     if guessed:
         readings = ", ".join(f"{value} → {name}" for value, name in guessed.items())

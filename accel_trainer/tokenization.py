@@ -57,7 +57,7 @@ def train_word_pieces(section: TokenizerTraining, texts: list[str]) -> PreTraine
 
     The library breaks ties between equally frequent pairs by token id, and hands out ids to continuation characters
     in the order of a randomly seeded hash map: three runs gave three vocabularies. Naming those characters beforehand,
-    sorted, takes the chance out of it.
+    sorted, takes the chance out of it. Every character of the texts is a piece, even where that exceeds `vocab_size`.
     """
     trainer = BertWordPieceTokenizer(lowercase=section.lowercase)
     continuations: set[str] = set()
@@ -68,7 +68,7 @@ def train_word_pieces(section: TokenizerTraining, texts: list[str]) -> PreTraine
         texts,
         vocab_size=section.vocab_size,
         min_frequency=section.min_frequency,
-        limit_alphabet=section.vocab_size,
+        limit_alphabet=2**31,  # what a limit drops among equally rare characters is chance too
         show_progress=False,
         special_tokens=SPECIAL_TOKENS + [f"##{character}" for character in sorted(continuations)],
     )
@@ -96,7 +96,10 @@ def longest_input(max_length: int | None, tokenizer: PreTrainedTokenizerBase, co
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of what the tokenizer does: vocabulary, normalisation, splitting, special tokens."""
+    """SHA-256 of what the tokenizer does: vocabulary, normalisation, splitting, special tokens, the columns it makes.
+
+    BERT's and DistilBERT's tokenizers differ in nothing but the columns.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         # Truncation and padding are set by each call and are not part of what it is.
@@ -110,7 +113,8 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
             backend.enable_padding(**padding)
     else:
         text = repr((type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), tokenizer.init_kwargs))
-    return hashlib.sha256(text.encode()).hexdigest()
+    settings = [token_columns(tokenizer), tokenizer.truncation_side, getattr(tokenizer, "split_special_tokens", False)]
+    return hashlib.sha256(json.dumps([text, *settings]).encode()).hexdigest()
 
 
 class TokenColumn:

@@ -1,0 +1,54 @@
+# Everything a person or a machine types here is one of these.
+#   make quickstart   install, train on the reviews that come with the project, evaluate, predict
+#   make test         install what development needs, run the whole test suite
+
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := runs/quickstart
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+
+.PHONY: quickstart test lint format schema reviews clean
+
+quickstart: .venv/.installed
+	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml -m accel_trainer.train recipes/quickstart.yaml \
+	    --output_dir $(RUN) --resume
+	@echo
+	@$(BIN)/accel-trainer predict $(RUN) --text "The noodles were not bad at all, I would order them again."
+	@$(BIN)/accel-trainer predict $(RUN) --text "等了两个小时，面都坨了，再也不会点这家。"
+	@echo
+	@echo "the run is in $(RUN); start it over with: rm -r $(RUN)"
+
+test: .venv/.installed-dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q
+
+lint: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Files in the repository that a script writes.
+schema: .venv/.installed-dev
+	$(BIN)/python scripts/write_schema.py
+
+reviews: .venv/.installed-dev
+	$(BIN)/python scripts/food_reviews.py
+
+clean:
+	rm -rf .venv runs build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; name one: make quickstart PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: .venv/bin/python pyproject.toml constraints.txt
+	$(INSTALL) -q -e .
+	@touch $@
+
+.venv/.installed-dev: .venv/.installed
+	$(INSTALL) -q -e '.[dev]'
+	@touch $@

@@ -1,0 +1,95 @@
+"""The files and folders that a recipe names: found and made absolute, or reported."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import cast
+
+from accel_trainer.draft import Draft, Keys, shown
+from accel_trainer.file_names import extensions
+
+_HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*)?")
+
+
+def resolve_paths(draft: Draft, beside: Path | None) -> None:
+    """Make the files and folders that the draft names absolute; report those that exist nowhere."""
+    singles: list[Keys] = [("model", "checkpoint"), ("model", "tokenizer"), ("dataset", "path")]
+    for keys in singles:
+        value = draft.get(keys)
+        if isinstance(value, str):
+            hub = _HUB_ID.fullmatch(value) is not None and extensions(value)[0] is None
+            _resolve(draft, keys, value, _search_places(draft, keys, beside), optional=hub)
+    path, files = draft.get(("dataset", "path")), cast(Keys, ("dataset", "data_files"))
+    if ("dataset", "path") in draft.faulty or (isinstance(path, str) and not Path(path).is_absolute()):
+        return  # files of a Hub repository or of an address
+    for keys, value in list(_texts(draft.get(files), files)):
+        inside = isinstance(path, str) and Path(path).is_dir()
+        places = [Path(path)] if inside else _search_places(draft, keys, beside)
+        _resolve(draft, keys, value, places, optional=False)
+
+
+def _texts(value: object, keys: Keys) -> Iterator[tuple[Keys, str]]:
+    if isinstance(value, str):
+        yield keys, value
+    elif isinstance(value, list | dict):
+        for key, below in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _texts(below, (*keys, key))
+
+
+def _search_places(draft: Draft, keys: Keys, beside: Path | None) -> list[Path]:
+    places = [Path.cwd()] if beside is None else [beside.absolute(), Path.cwd()]
+    return list(dict.fromkeys(reversed(places) if draft.spot(keys).override else places))
+
+
+def _resolve(draft: Draft, keys: Keys, value: str, places: Sequence[Path], *, optional: bool) -> None:
+    if "://" in value:
+        return
+    try:
+        wanted = Path(value).expanduser()
+    except RuntimeError:  # ~somebody without a home
+        wanted = Path(value)
+    for place in places if value else []:
+        if found := _absolute(place, wanted, globs=keys[1] == "data_files"):
+            draft.get(keys[:-1])[keys[-1]] = found
+            return
+    if not optional:
+        looked = "it is absolute" if wanted.is_absolute() else f"looked in {' and '.join(map(str, places))}"
+        draft.fault(keys, f"no such file or folder: '{shown(value)}'", looked)
+
+
+def _absolute(place: Path, wanted: Path, *, globs: bool) -> str | None:
+    """The absolute form of a path that exists, or of a glob that matches something; else None."""
+    path = place / wanted
+    if _exists(path):
+        # A link keeps its own name: the Hub's cache stores content under names without a suffix.
+        return str(path.resolve() if path.is_dir() else path.parent.resolve() / path.name)
+    if not globs or not glob.has_magic(str(wanted)):
+        return None
+    root = Path(path.anchor) if wanted.is_absolute() else place.resolve()
+    pattern = wanted.relative_to(root) if wanted.is_absolute() else wanted
+    try:
+        matches = any(True for _ in root.glob(str(pattern)))
+    except (OSError, ValueError):  # a folder that may not be read, a null byte, ** within a name
+        return None
+    return str(Path(glob.escape(str(root))) / pattern) if matches else None
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name too long, a folder that may not be read, a null byte
+        return False
+
+
+def similar_files(path: Path) -> str:
+    """What to do about a recipe that is not there: the names nearest to it in its folder."""
+    try:
+        names = sorted(entry.name for entry in path.parent.iterdir() if entry.suffix in (".yaml", ".yml"))
+    except OSError:
+        return f"there is no folder {path.parent} either"
+    close = get_close_matches(path.name, names, 3, 0.5) or names[:5]
+    return f"its folder has {', '.join(close)}" if close else f"{path.parent} has no .yaml file"

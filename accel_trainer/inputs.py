@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,6 +60,7 @@ def read_inputs(recipe: Recipe, *, trust_remote_code: bool = False) -> Inputs:
     training_texts = (
         text for texts, pairs in data.roles["train"].texts(recipe.dataset) for text in [*texts, *(pairs or [])]
     )
+    check_metrics(recipe, loaded, len(data.label_names))
     tokenizer = load_tokenizer(recipe.model, training_texts, trust_remote_code=trust_remote_code)
     config = load_config(recipe.model, data.label_names, tokenizer, trust_remote_code=trust_remote_code)
     max_length = longest_input(recipe.dataset.max_length, tokenizer, config)
@@ -75,6 +77,23 @@ def read_inputs(recipe: Recipe, *, trust_remote_code: bool = False) -> Inputs:
         metrics=loaded,
         notes=[*data.notes, *truncation_notes(splits, max_length)],
     )
+
+
+def check_metrics(recipe: Recipe, loaded: dict[str, Any], num_labels: int) -> None:
+    """See on one row per label that the metrics can be computed and produce the one that decides what is best.
+
+    Raises:
+        UserError: they cannot, or do not; better now than after the first epoch.
+    """
+    produced = metrics.compute_metrics(
+        loaded, np.eye(num_labels), np.arange(num_labels), average=recipe.evaluation.average
+    )
+    best = recipe.evaluation.best_metric
+    if best not in produced:
+        raise UserError(
+            f"evaluation.metric_for_best_model: {best} is not among the numbers that the metrics produce; choose from "
+            f"{', '.join(produced)}"
+        )
 
 
 def truncation_notes(splits: dict[str, Split], max_length: int) -> list[str]:

@@ -135,10 +135,11 @@ def label_ids(
     if unknown:
         key = unknown[0]
         count = sum(other == key for other in keys)
-        close = get_close_matches(str(key), list(names), n=1)
-        guess = f" (did you mean {close[0]!r}?)" if close else ""
-        others = f"; {len(unknown) - 1} more unknown values" if len(unknown) > 1 else ""
         known = list(mapping) if mapping is not None else list(names)
+        folded = {name.casefold(): name for name in known}
+        close = get_close_matches(str(key).casefold(), folded, n=1)
+        guess = f" (did you mean {folded[close[0]]!r}?)" if close else ""
+        others = f"; {len(unknown) - 1} more unknown value{'s' if len(unknown) > 2 else ''}" if len(unknown) > 1 else ""
         raise DataError(
             f"{place(first[key])}: label {str(key)!r} is none of {', '.join(known[:20])}{guess}; it stands in {count} "
             f"row{'s' if count > 1 else ''}{others}; mend the rows, or list every label in dataset.labels"

@@ -196,7 +196,7 @@ def save(run: Run) -> None:
     run.state.seconds["save"] += time.perf_counter() - started
 
 
-def restore(run: Run, path: Path, allow_changed: Sequence[str]) -> None:
+def restore(run: Run, path: Path, allow_changed: Sequence[str], *, keep_token_budget: bool) -> None:
     """Continue from a checkpoint: weights, optimizer, schedule, scaler and state are those of the saved step.
 
     Raises:
@@ -222,10 +222,18 @@ def restore(run: Run, path: Path, allow_changed: Sequence[str]) -> None:
     if run.accelerator.scaler is not None and saved["scaler"] is not None:
         run.accelerator.scaler.load_state_dict(saved["scaler"])
     run.state = TrainerState(**saved["state"])
+    if keep_token_budget:  # the same micro-batches add up in the same order, to the same bits
+        run.max_tokens = saved["max_tokens_per_device"]
 
 
-def continue_run(run: Run, path: Path | None, allow_changed: Sequence[str]) -> None:
+def continue_run(run: Run, path: Path | None, allow_changed: Sequence[str], *, keep_token_budget: bool) -> None:
     """Restore the checkpoint at `path`, or the newest sound one; start afresh if there is none.
+
+    Args:
+        run: prepared, not started.
+        path: a checkpoint, or None.
+        allow_changed: keys of the mathematics that may differ from the checkpoint's.
+        keep_token_budget: take the checkpoint's, because the command line gives none.
 
     Raises:
         RunFolderError: the checkpoint is damaged, or belongs to other mathematics than the recipe's.
@@ -238,7 +246,7 @@ def continue_run(run: Run, path: Path | None, allow_changed: Sequence[str]) -> N
     if path is None:
         logger.info("no checkpoint in %s: starting from the beginning", run.folder.path)
     else:
-        restore(run, path, allow_changed)
+        restore(run, path, allow_changed, keep_token_budget=keep_token_budget)
         logger.info("continuing from %s, step %d of %d", path, run.state.step, run.plan.total_steps)
     if run.is_main:
         run.folder.cut_metrics(run.state.step)

@@ -62,8 +62,8 @@ class RunFolder:
 
     @property
     def holds_a_run(self) -> bool:
-        """Whether a run was ever started here."""
-        return self._status.exists() or self.checkpoints.exists()
+        """Whether a run ever took a step here; one that found a mistake first left nothing worth keeping."""
+        return any(path.exists() for path in (self.metrics, self.checkpoints, self.best, self.model))
 
     def status(self) -> dict[str, Any]:
         """What status.json says; empty if there is none or it cannot be read."""

@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,15 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from accel_trainer import artifacts, batching, checkpoint, hardware, metrics, order
 from accel_trainer.data import Split
-from accel_trainer.errors import EXIT_DONE, EXIT_FAILED, AccelTrainerError, Interrupted, RunFolderError, TrainingFailed
+from accel_trainer.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    AccelTrainerError,
+    Interrupted,
+    RunFolderError,
+    TrainingFailed,
+    UserError,
+)
 from accel_trainer.evaluation import Logits, predict_logits
 from accel_trainer.inputs import read_inputs_together
 from accel_trainer.library import find_recipe
@@ -76,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             gradient_checkpointing=arguments.gradient_checkpointing,
             trust_remote_code=arguments.trust_remote_code,
         )
-        train(load_recipe(path, overrides), options)
+        train(read_recipe(path, overrides, options, is_first), options)
     except AccelTrainerError as error:
         if is_first:
             print(f"{'' if isinstance(error, Interrupted) else 'error: '}{error}", file=sys.stderr, flush=True)
@@ -85,6 +93,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         return EXIT_FAILED
     return EXIT_DONE
+
+
+def read_recipe(path: Path, overrides: Sequence[str], options: Options, is_first: bool) -> Recipe:
+    """The recipe; where it has mistakes, status.json says so too, unless the folder is another run's."""
+    try:
+        return load_recipe(path, overrides)
+    except UserError as error:
+        folder = RunFolder(options.output_dir)
+        if is_first and (options.resume or not folder.holds_a_run):
+            with suppress(RunFolderError):
+                folder.set_status("failed", 0, error.exit_code, str(error))
+        raise
 
 
 def train(recipe: Recipe, options: Options) -> dict[str, Any]:
@@ -118,7 +138,12 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any]:
             gradient_checkpointing=options.gradient_checkpointing,
         )
         if resume:
-            continue_run(run, options.resume_from_checkpoint, options.allow_changed)
+            continue_run(
+                run,
+                options.resume_from_checkpoint,
+                options.allow_changed,
+                keep_token_budget=options.max_tokens_per_device is None,
+            )
         write_run_json(run)
         watch.state = run.state
         with StopRequest() as stop:
@@ -168,7 +193,7 @@ def fit(run: Run, stop: StopRequest) -> None:
 
             logs, evaluates = plan.logs_at(state.step), plan.evaluates_at(state.step)
             stopping = stop.agreed(run.accelerator)
-            saves = plan.saves_at(state.step) or (stopping and plan.save_every is not None)
+            saves = plan.saves_at(state.step) or stopping  # whatever the save strategy: nothing done is to be lost
             if logs or evaluates or saves or stopping:
                 state.loss_sum += float(run.accelerator.reduce(loss_sum, "sum"))
                 loss_sum.zero_()
@@ -197,10 +222,7 @@ def fit(run: Run, stop: StopRequest) -> None:
             if saves:
                 save(run)
             if stopping:
-                raise Interrupted(
-                    f"interrupted after step {state.step} of {plan.total_steps}; "
-                    + ("continue with --resume" if saves else "nothing was saved, because saving.save_strategy is no")
-                )
+                raise Interrupted(f"interrupted after step {state.step} of {plan.total_steps}; continue with --resume")
             if evaluates or saves:
                 window_tokens, window_started = 0, time.perf_counter()
     finally:

@@ -7,8 +7,8 @@ negation or the order of two clauses, and not the words alone, decides the label
 
 Every sentence frame, clause and hand-written review belongs to exactly one split. Common to all are single words, dish
 names, amounts, emoji, neutral notes and short closing verdicts; no longer clause stands in two splits (`check` asserts
-it). Frames held out for validation and test use only words that train has, so that they measure whether a new
-construction is understood and not whether an unseen word is guessed.
+it). The words of a held-out frame are ones that several entries of train have, so that what is measured is whether a
+new construction is understood and not whether an unseen word is guessed.
 
     python scripts/food_reviews.py --output recipes/data/food_reviews
 """
@@ -17,6 +17,7 @@ import argparse
 import csv
 import random
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ SPLIT_LETTERS = {"train": "T", "validation": "V", "test": "E"}
 
 ASPECTS = {"food": 5.0, "service": 2.0, "delivery": 1.5, "place": 1.5, "price": 1.5, "portion": 1.0}
 MOODS = {True: "good", False: "bad"}
+# What all splits share.
 WORD_LISTS = {"dish", "dishes", "price", "minutes", "day", "clock", "very", "neutral"} | {
     f"{subject} {kind}"
     for subject, kinds in {
@@ -46,15 +48,18 @@ CONSTRUCTIONS = {"plain frame", "contrast frame", "emoji frame", "direct clause"
     f"{mood} short" for mood in MOODS.values()
 }
 
-FRAME_WEIGHTS = {"plain frame": 68, "contrast frame": 14, "mood contrast frame": 4, "long frame": 8, "emoji frame": 6}
-
-# Negation takes the most examples to learn, so train shows more of it than the held-out splits, which keep to a share
-# nearer to life.
-CLAUSE_WEIGHTS = {
-    "train": {"direct clause": 77, "negated clause": 19, "aspect clause": 4},
-    "validation": {"direct clause": 83, "negated clause": 13, "aspect clause": 4},
-    "test": {"direct clause": 83, "negated clause": 13, "aspect clause": 4},
+# Contrast and negation take the most examples to learn, so train shows more of them than the held-out splits, which keep
+# to shares nearer to life.
+FRAME_WEIGHTS = {
+    "train": {"plain frame": 69, "contrast frame": 13, "mood contrast frame": 4, "long frame": 8, "emoji frame": 6},
+    "held out": {"plain frame": 73, "contrast frame": 9, "mood contrast frame": 3, "long frame": 8, "emoji frame": 7},
 }
+CLAUSE_WEIGHTS = {
+    "train": {"direct clause": 78, "negated clause": 18, "aspect clause": 4},
+    "held out": {"direct clause": 86, "negated clause": 11, "aspect clause": 3},
+}
+
+HEARD_OFTEN = 3
 
 LONG_CLAUSE_WORDS = 6
 LONG_CLAUSE_CHARACTERS = 10
@@ -106,17 +111,18 @@ def share_of(sections: dict[str, list[str]], split: str) -> dict[str, list[str]]
         name: [(DEALING[number % len(DEALING)], entry) for number, entry in enumerate(entries)]
         for name, entries in sections.items()
     }
-    known = {
+    heard = Counter(
         word
         for name, entries in dealt.items()
         for letter, entry in entries
         if name in WORD_LISTS or letter == "T"
         for word in words_of(entry)
-    }
+    )
 
     def owner(name: str, letter: str, entry: str) -> str:
-        # A frame with a word that train lacks would test guessing, not the understanding of a new construction.
-        return "T" if name in CONSTRUCTIONS and not words_of(entry) <= known else letter
+        # A frame with a word that train hardly has would test guessing, not the understanding of a new construction.
+        rare = any(heard[word] < HEARD_OFTEN for word in words_of(entry))
+        return "T" if name in CONSTRUCTIONS and rare else letter
 
     letter_of_split = SPLIT_LETTERS[split]
     return {
@@ -133,7 +139,9 @@ class Writer:
     def __init__(self, language: str, split: str, sections: dict[str, list[str]], rng: random.Random) -> None:
         self.language = language
         self.sections = share_of(sections, split)
-        self.clause_weights = CLAUSE_WEIGHTS[split]
+        weights = "train" if split == "train" else "held out"
+        self.frame_weights = FRAME_WEIGHTS[weights]
+        self.clause_weights = CLAUSE_WEIGHTS[weights]
         self.rng = rng
         self.aspects: list[str] = []
 
@@ -146,7 +154,7 @@ class Writer:
     def composed(self) -> Row:
         """Compose one review."""
         positive = self.rng.random() < POSITIVE_SHARE
-        kind = self.pick_weighted(FRAME_WEIGHTS).replace("mood", MOODS[positive])
+        kind = self.pick_weighted(self.frame_weights).replace("mood", MOODS[positive])
         self.aspects = []
         text = self.fill(self.pick(kind), positive)
         return self.row(self.roughen(text, positive, with_emoji=kind != "emoji frame"), positive)

@@ -1,11 +1,9 @@
-"""What the tests share: no network, caches of their own, one thread, tiny random encoders and little tables."""
+"""What the tests share: no network, caches of their own, one thread, little tables and tiny recipes."""
 
 from __future__ import annotations
 
-import csv
 import os
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +11,7 @@ os.environ.update({"HF_HUB_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1", "TOKENIZER
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-
-GOOD = ["good", "great", "tasty", "fresh", "warm", "好吃", "新鲜", "很快"]
-BAD = ["bad", "awful", "cold", "stale", "late", "难吃", "太慢", "凉了"]
-FILLER = ["the", "soup", "was", "and", "noodles", "came", "quite", "today", "面", "汤", "今天"]
+from support import reviews, tiny_recipe, write_csv
 
 
 @pytest.fixture(autouse=True)
@@ -27,56 +22,6 @@ def own_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     cache = tmp_path_factory.getbasetemp() / "datasets-cache"
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(cache))
-
-
-def reviews(n: int, seed: int = 0) -> list[tuple[str, str]]:
-    """n (text, label) rows of 3 to 12 words whose label can be learnt."""
-    draw = random.Random(seed)
-    rows = []
-    for i in range(n):
-        label = draw.choice(["negative", "positive"])
-        words = draw.choices(FILLER, k=draw.randint(2, 11)) + [draw.choice(GOOD if label == "positive" else BAD)]
-        draw.shuffle(words)
-        rows.append((" ".join(words) + f" {i}", label))
-    return rows
-
-
-def write_csv(path: Path, rows: Sequence[Sequence[Any]], header: Sequence[str] = ("text", "label")) -> Path:
-    """A CSV file with a header."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)
-    return path
-
-
-def tiny_recipe(path: Path, **sections: dict[str, Any]) -> dict[str, Any]:
-    """A recipe as plain data: a two-layer BERT of width 16 made from its config, 60 rows to train on."""
-    values: dict[str, Any] = {
-        "dataset": {
-            "path": str(path),
-            "splits": {"train": 60, "validation": 20, "test": 10},
-            "labels": ["negative", "positive"],
-            "max_length": 16,
-        },
-        "model": {
-            "from_config": {
-                "model_type": "bert",
-                "hidden_size": 16,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "intermediate_size": 32,
-                "max_position_embeddings": 16,
-            },
-            "train_tokenizer": {"vocab_size": 200},
-        },
-        "training": {"global_batch_size": 8, "num_train_epochs": 1, "learning_rate": 1e-3},
-        "evaluation": {"metrics": ["accuracy", "f1"]},
-        "tracking": {"logging_steps": 1},
-    }
-    for name, section in sections.items():
-        values[name] = {**values.get(name, {}), **section}
-    return values
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,8 @@ def committed(final: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):  # the next start tries again
+            restore_interrupted(final)
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -96,6 +98,8 @@ def damage(folder: Path) -> str | None:
     """What is wrong with a committed folder, found before anything of it is used; None if it is sound."""
     try:
         entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if not entries.items():
+            return f"{MANIFEST} names no files"
         for name, entry in entries.items():
             path = folder / name
             if not path.is_file():
@@ -128,10 +132,13 @@ def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
     return None, complaints
 
 
-def rotate(folder: Path, keep: int | None) -> None:
-    """Delete the oldest checkpoints beyond `keep`; None keeps all."""
+def rotate(folder: Path, keep: int | None, newest: int) -> None:
+    """Delete the oldest checkpoints beyond `keep`, counted back from step `newest`; None keeps all.
+
+    Later ones, of before a resume from an older one and damaged perhaps, must not push out what was just written.
+    """
     if keep is not None:
-        for _, path in checkpoints(folder)[:-keep]:
+        for _, path in [entry for entry in checkpoints(folder) if entry[0] <= newest][:-keep]:
             shutil.rmtree(path)
 
 

@@ -138,18 +138,22 @@ def _slice_roles(section: DatasetSection, source: Source) -> dict[str, tuple[Tab
             tables.append(table)
             rows.append(everything[start:stop] + offset)
             offset += n
-        roles[role] = (_joined(tables), np.concatenate(rows))
+        roles[role] = (_joined(role, tables), np.concatenate(rows))
     _check_files(used)
     return roles
 
 
-def _joined(tables: list[Table]) -> Table:
+def _joined(role: str, tables: list[Table]) -> Table:
     if len(tables) == 1:
         return tables[0]
-    return Table(
-        datasets.concatenate_datasets([table.data for table in tables]),
-        tuple(origin for table in tables for origin in table.origins),
-    )
+    try:
+        data = datasets.concatenate_datasets([table.data for table in tables])
+    except ValueError as error:  # it names the column and the types
+        raise DataError(
+            f"dataset.splits.{role}: {' and '.join(table.origins[0].name for table in tables)} do not go together: {error}; "
+            "give the columns the same types"
+        ) from error
+    return Table(data, tuple(origin for table in tables for origin in table.origins))
 
 
 def _check_files(used: dict[str, tuple[str, Table]]) -> None:
@@ -255,7 +259,22 @@ def _label_names(section: DatasetSection, roles: dict[str, tuple[Table, order.Ro
                 f"({', '.join(feature.names[:20])}); name each, in that order"
             )
         return given or list(feature.names)
-    return given or infer_names(values, section.label_column)
+    found = given or infer_names(values, section.label_column)
+    if not found:
+        raise DataError(
+            f"{table.place(int(rows[0]))}: none of the {len(rows)} train rows has a label; label them, or set "
+            "dataset.label_column to the column of the labels"
+        )
+    if len(found) == 1:  # said here, or the other classes of the other roles would be called unknown
+        raise _one_class("train", len(rows), found[0])
+    return found
+
+
+def _one_class(role: str, count: int, name: str) -> DataError:
+    return DataError(
+        f"dataset.splits.{role}: all {count} rows have the label {name!r}; where a file is sorted by label, set "
+        "dataset.shuffle_seed, or choose other rows"
+    )
 
 
 def _label_cells(section: DatasetSection, role: str, table: Table, rows: order.Rows, names: list[str]) -> list[Any]:
@@ -334,10 +353,7 @@ def _check_roles(roles: dict[str, Rows], names: list[str], notes: list[str]) -> 
             continue
         present = np.unique(rows.labels)
         if len(present) == 1 and (role == "train" or (role == "validation" and len(rows) >= SMALLEST_JUDGED_SPLIT)):
-            raise DataError(
-                f"dataset.splits.{role}: all {len(rows)} rows have the label {names[int(present[0])]!r}; where a file is "
-                "sorted by label, set dataset.shuffle_seed, or choose other rows"
-            )
+            raise _one_class(role, len(rows), names[int(present[0])])
         absent = [name for i, name in enumerate(names) if i not in present]
         if absent:
             notes.append(f"{role}: no row has the label {', '.join(absent[:10])}")

@@ -9,6 +9,7 @@ import hashlib
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
@@ -49,9 +50,10 @@ def load_config(
         model_type = arguments.pop("model_type")
         try:
             config = AutoConfig.for_model(model_type, **arguments)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
             raise UserError(f"model.from_config: transformers takes no such {model_type} config: {error}") from error
-        unknown = sorted(set(arguments) - set(AutoConfig.for_model(model_type).to_dict()))
+        # A config keeps what it does not know as an attribute; what it knows under another name it takes in.
+        unknown = sorted(set(arguments) & set(config.to_dict()) - set(AutoConfig.for_model(model_type).to_dict()))
         if unknown:
             raise UserError(
                 f"model.from_config: a {model_type} config has no {', '.join(unknown)}; see its documentation"
@@ -92,7 +94,10 @@ def build_model(
     """
     torch.manual_seed(seed)
     if section.from_config is not None:
-        model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+        try:
+            model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"model.from_config: no {config.model_type} classifier comes of it: {error}") from error
     else:
         try:
             model, info = AutoModelForSequenceClassification.from_pretrained(
@@ -131,10 +136,10 @@ def encoder_layers(model: PreTrainedModel) -> nn.ModuleList | None:
     return None
 
 
-def _embeddings(model: PreTrainedModel) -> nn.Module:
-    embeddings = model.base_model.embeddings
-    assert isinstance(embeddings, nn.Module)
-    return embeddings
+def _embeddings(model: PreTrainedModel) -> list[nn.Module]:
+    base = model.base_model
+    projection = getattr(base, "embeddings_project", None)  # ELECTRA's, from narrow embeddings to the layers' width
+    return [module for module in (base.embeddings, projection) if isinstance(module, nn.Module)]
 
 
 def layer_depths(model: PreTrainedModel) -> dict[str, int]:
@@ -149,7 +154,7 @@ def layer_depths(model: PreTrainedModel) -> dict[str, int]:
             f"training.layerwise_lr_decay: {model.config.model_type} has no separate layers; leave the key out"
         )
     depth_of = {id(p): depth for depth, layer in enumerate(layers, start=1) for p in layer.parameters()}
-    embeddings = {id(p) for p in _embeddings(model).parameters()}
+    embeddings = {id(p) for module in _embeddings(model) for p in module.parameters()}
     return {
         name: 0 if id(p) in embeddings else depth_of.get(id(p), len(layers) + 1) for name, p in model.named_parameters()
     }
@@ -163,7 +168,7 @@ def freeze(model: PreTrainedModel, section: ModelSection) -> None:
     """
     frozen: list[nn.Module] = []
     if section.freeze_embeddings or section.freeze_layers:
-        frozen.append(_embeddings(model))
+        frozen.extend(_embeddings(model))
     if section.freeze_layers:
         layers = encoder_layers(model)
         have = 0 if layers is None else len(layers)

@@ -110,7 +110,8 @@ def stratified(labels: Rows, seed: int) -> Rows:
     """All rows in an order whose every window holds the classes in their overall proportion, to within a row or two.
 
     That is: to 1 + (c - 2)·s rows for a class that is the share s of the rows, with c classes. A class of one row stands
-    in the middle; very many such classes stand there together. Cutting it at any boundaries gives seeded, disjoint, stratified splits.
+    in the middle; very many such classes stand there together. Cutting it at any boundaries gives seeded, disjoint,
+    stratified splits.
 
     Args:
         labels: class of each row, shape (n,); -1 for none.

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from accel_trainer import artifacts, checkpoint, hardware
-from accel_trainer.errors import RunFolderError
+from accel_trainer.errors import RunFolderError, UserError
 from accel_trainer.inputs import Inputs, differences, mathematics
 from accel_trainer.model import count_parameters
 from accel_trainer.optim import (
@@ -81,7 +81,10 @@ def prepare(
     recipe = inputs.recipe
     plan = TrainingPlan.of(recipe, len(inputs.splits["train"]))
     if gradient_checkpointing:
-        inputs.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+        try:
+            inputs.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+        except ValueError as error:
+            raise UserError(f"--gradient_checkpointing: {error} Leave the option out") from error
     groups = parameter_groups(inputs.model, recipe.training)
     optimizer = build_optimizer(groups, recipe.training, accelerator.device)
     # The schedule stays unprepared: Accelerate's wrapper would move it once per process and update.
@@ -190,7 +193,7 @@ def save(run: Run) -> None:
                 "max_tokens_per_device": run.max_tokens,
             },
         )
-        checkpoint.rotate(run.folder.checkpoints, run.inputs.recipe.saving.save_total_limit)
+        checkpoint.rotate(run.folder.checkpoints, run.inputs.recipe.saving.save_total_limit, run.state.step)
         run.folder.set_status("running", run.state.step)
     run.accelerator.wait_for_everyone()
     run.state.seconds["save"] += time.perf_counter() - started
@@ -216,12 +219,24 @@ def restore(run: Run, path: Path, allow_changed: Sequence[str], *, keep_token_bu
         )
     run.inputs.model.load_state_dict(weights)
     load_state_by_name(_inner(run.optimizer), run.inputs.model, tensors, saved["optimizer_values"])
-    run.scheduler.load_state_dict({**run.scheduler.state_dict(), **saved["scheduler"]})
-    for group, rate in zip(_inner(run.optimizer).param_groups, run.scheduler.get_last_lr(), strict=True):
+    # Rates are a function of the step and of the recipe as it is now: what was allowed to change takes effect.
+    step = saved["state"]["step"]
+    rates = [base * at(step) for base, at in zip(run.scheduler.base_lrs, run.scheduler.lr_lambdas, strict=True)]
+    moved = {"last_epoch": step, "_step_count": step + 1, "_last_lr": rates}
+    run.scheduler.load_state_dict({**run.scheduler.state_dict(), **moved})
+    for group, rate in zip(_inner(run.optimizer).param_groups, rates, strict=True):
         group["lr"] = rate
     if run.accelerator.scaler is not None and saved["scaler"] is not None:
         run.accelerator.scaler.load_state_dict(saved["scaler"])
     run.state = TrainerState(**saved["state"])
+    if run.state.best_step is not None and checkpoint.damage(run.folder.best) is not None:
+        # A checkpoint of another folder, or best/ was removed: said now, and not when all steps are done.
+        logger.warning(
+            "the best weights so far, of step %d, are not in %s: the best from here on are kept",
+            run.state.best_step,
+            run.folder.best,
+        )
+        run.state.best_metric = run.state.best_step = None
     if keep_token_budget:  # the same micro-batches add up in the same order, to the same bits
         run.max_tokens = saved["max_tokens_per_device"]
 

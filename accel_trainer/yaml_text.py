@@ -213,7 +213,9 @@ class _Dumper(yaml.SafeDumper):
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     # PyYAML quotes what its own YAML 1.1 would misread; other readers of 1.1 take y and n for booleans too.
     misread = not isinstance(read_scalar(text), str) or text.lower() in ("y", "n")
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'" if misread else None)
+    # A next-line character it would write as it is, to be read back as a space; double quotes make it an escape.
+    style = '"' if "\x85" in text else "'" if misread else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
 def _represent_list(dumper: yaml.SafeDumper, values: list[Any]) -> yaml.SequenceNode:

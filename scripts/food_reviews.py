@@ -48,8 +48,8 @@ CONSTRUCTIONS = {"plain frame", "contrast frame", "emoji frame", "direct clause"
     f"{mood} short" for mood in MOODS.values()
 }
 
-# Contrast and negation take the most examples to learn, so train shows more of them than the held-out splits, which keep
-# to shares nearer to life.
+# Contrast and negation take the most examples to learn, so train shows more of them than the held-out splits, whose
+# shares are nearer to life.
 FRAME_WEIGHTS = {
     "train": {"plain frame": 69, "contrast frame": 13, "mood contrast frame": 4, "long frame": 8, "emoji frame": 6},
     "held out": {"plain frame": 73, "contrast frame": 9, "mood contrast frame": 3, "long frame": 8, "emoji frame": 7},
@@ -252,7 +252,7 @@ class Writer:
 
     def mistype(self, text: str) -> str:
         """Swap, drop or double a letter inside one longer word."""
-        words = [match for match in re.finditer(r"[a-z]{5,}", text)]
+        words = list(re.finditer(r"[a-z]{5,}", text))
         if not words:
             return text
         word = self.rng.choice(words)

@@ -206,5 +206,5 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "xlm-roberta": {**SIZES, "max_position_embeddings": 34},
     "electra": {**SIZES, "embedding_size": 8, "max_position_embeddings": 32},
     "albert": {**SIZES, "embedding_size": 8, "max_position_embeddings": 32},
-    "modernbert": {**SIZES, "max_position_embeddings": 32, "global_attn_every_n_layers": 2, "local_attention": 8},
+    "modernbert": {**SIZES, "max_position_embeddings": 32, "local_attention": 8},
 }

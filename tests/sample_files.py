@@ -18,6 +18,17 @@ model: {checkpoint: org/model}
 training: {global_batch_size: 8, max_steps: 10, learning_rate: 1e-5}
 """
 
+# YAML scalars and what they are by the core schema of YAML 1.2.
+SCALARS: list[tuple[str, object]] = [
+    ("2e-5", 2e-5), ("1e5", 1e5), (".5", 0.5), ("1.", 1.0), ("-1.5E+3", -1500.0), ("+.5", 0.5),
+    ("no", "no"), ("yes", "yes"), ("on", "on"), ("off", "off"), ("NO", "NO"), ("y", "y"), ("n", "n"),
+    ("010", 10), ("0o10", 8), ("0x1F", 31), ("-3", -3), ("+3", 3), ("1_000", "1_000"), ("0b1", "0b1"), ("1:30", "1:30"),
+    ("2024-01-01", "2024-01-01"), ("~", None), ("null", None), ("Null", None), ("NULL", None), ("", None),
+    ("true", True), ("True", True), ("TRUE", True), ("False", False), ("tRue", "tRue"), ("nUll", "nUll"),
+    (".inf", float("inf")), ("-.INF", float("-inf")), ("inf", "inf"), (".", "."), ("e5", "e5"), ("=", "="), ("1e", "1e"),
+    ("'2e-5'", "2e-5"), ('"no"', "no"), ("١", "١"),
+]  # fmt: skip
+
 ROWS = [
     {"text": "plain", "label": "007"},
     {"text": 'said "hi", left', "label": "NA"},

@@ -127,8 +127,8 @@ def test_state_by_name_goes_on_bitwise(optim: str, tmp_path: Any) -> None:
     path = save_checkpoint(tmp_path, 3, whole.state_dict(), tensors, {"values": values})
     train_steps(whole, optimizer, 3, 6)
 
-    saved_weights, saved_tensors, saved = load_checkpoint(path)
     for layerwise in (None, 1.0):  # grouped otherwise: keyed by name, the state must find its parameter all the same
+        saved_weights, saved_tensors, saved = load_checkpoint(path)
         again, other = fresh(layerwise)
         again.load_state_dict(saved_weights)
         load_state_by_name(other, again, saved_tensors, saved["values"])
@@ -201,7 +201,7 @@ def test_schedules_are_those_of_transformers(name: str, kwargs: dict[str, Any]) 
             moving.step()
     warms_up = name != "constant"
     assert (rates[0][0] < rates[3][0]) == warms_up
-    assert max(rate for rate, _ in rates) == pytest.approx(0.01)
+    assert max(rate for (rate,) in rates) == pytest.approx(0.01)
     if kwargs:  # the arguments reach it
         plain = {k: v for k, v in kwargs.items() if k in ("num_decay_steps",)}
         if name != "cosine_with_min_lr" and plain != kwargs:

@@ -112,6 +112,6 @@ def test_a_slice_is_written_as_it_was_read(expression):
     ],
 )
 def test_what_is_no_slice_is_refused_by_name(expression, part):
-    with pytest.raises(ValueError, match="is no slice|is no bound|beyond the whole") as error:
+    with pytest.raises(ValueError, match=r"is no slice|is no bound|beyond the whole") as error:
         parse_slices(expression)
     assert part in str(error.value)

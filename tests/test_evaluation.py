@@ -1,0 +1,111 @@
+"""Logits of a split are those of a plain forward, each row once, whatever the budget and the number of processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from harness import FAMILIES, OneOfMany, alone_on_the_cpu, outputs
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from accel_trainer.batching import divide_split
+from accel_trainer.evaluation import predict_logits
+from accel_trainer.tokenization import Tokens
+
+LENGTHS = [5, 3, 9, 3, 16, 4, 7, 7, 12, 3, 6]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("bert", vocab_size=50, num_labels=3, pad_token_id=0, **FAMILIES["bert"])
+    return AutoModelForSequenceClassification.from_config(config)
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Tokens:
+    draw = np.random.default_rng(0)
+    rows = [draw.integers(5, 50, length).tolist() for length in LENGTHS]
+    return Tokens({"input_ids": rows}, np.asarray(LENGTHS), truncated=0, pad_token_id=0)
+
+
+@pytest.fixture(scope="module")
+def plain(model: Any, tokens: Tokens) -> np.ndarray:
+    """All rows at once, padded."""
+    with torch.no_grad():
+        return model.eval()(**tokens.inputs(np.arange(len(tokens)))).logits.numpy()
+
+
+class Recorder(torch.nn.Module):
+    """A model that counts: logits are the row's first token and its length, so that a misplaced row shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[int, int]] = []
+        self.modes: list[bool] = []
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+        self.calls.append(tuple(input_ids.shape))
+        self.modes.append(self.training)
+        return outputs(torch.stack([input_ids[:, 0], attention_mask.sum(-1)], dim=1).double())
+
+
+def expected_of(tokens: Tokens) -> np.ndarray:
+    return np.asarray([[row[0], len(row)] for row in tokens.columns["input_ids"]], dtype=np.float32)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 7, 16, 33, 60, 10_000])
+def test_equals_a_plain_forward(model: Any, tokens: Tokens, plain: np.ndarray, max_tokens: int, tmp_path: Any) -> None:
+    with alone_on_the_cpu(tmp_path):
+        logits = predict_logits(Accelerator(cpu=True), model, tokens, max_tokens)
+    assert logits.dtype == np.float32
+    np.testing.assert_allclose(logits, plain, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 16, 40, 10_000])
+def test_budget_is_kept(tokens: Tokens, max_tokens: int) -> None:
+    recorder = Recorder()
+    predict_logits(OneOfMany(0, 1), recorder, tokens, max_tokens)  # type: ignore[arg-type]
+    assert all(rows * longest <= max_tokens or rows == 1 for rows, longest in recorder.calls)
+    assert sum(rows for rows, _ in recorder.calls) == len(LENGTHS)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 15])
+@pytest.mark.parametrize("max_tokens", [1, 20, 10_000])
+def test_many_processes_give_every_row_once_and_in_order(tokens: Tokens, count: int, max_tokens: int) -> None:
+    sent, calls, shapes = [], [], []
+    for index in range(count):
+        process, recorder = OneOfMany(index, count), Recorder()
+        predict_logits(process, recorder, tokens, max_tokens)  # type: ignore[arg-type]
+        assert len(process.sent) == 1
+        sent.append(process.sent[0])
+        calls.append(len(recorder.calls))
+        shapes.append(process.sent[0].shape)
+    assert len(set(calls)) == 1, "a forward may be a collective"
+    assert len(set(shapes)) == 1, "gather needs equal shapes"
+    gathered = torch.cat(sent)
+    for index in range(count):
+        process = OneOfMany(index, count, gathered)
+        logits = predict_logits(process, Recorder(), tokens, max_tokens)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(logits, expected_of(tokens))
+    fillers = sum(not m.weight for part in divide_split(tokens.lengths, count, max_tokens) for m in part)
+    assert fillers or (count, max_tokens) != (15, 10_000)  # the case with idle processes is among them
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_mode_is_left_as_it_was(tokens: Tokens, training: bool) -> None:
+    recorder = Recorder().train(training)
+    predict_logits(OneOfMany(0, 1), recorder, tokens, 20)  # type: ignore[arg-type]
+    assert recorder.training is training
+    assert not any(recorder.modes)
+
+
+def test_no_graph_is_kept(model: Any, tokens: Tokens, tmp_path: Any) -> None:
+    with alone_on_the_cpu(tmp_path):
+        predict_logits(Accelerator(cpu=True), model, tokens, 100)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    model(**tokens.inputs(np.asarray([0]))).logits.sum().backward()  # inference mode did not stick to the weights
+    model.zero_grad()

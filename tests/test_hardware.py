@@ -1,0 +1,152 @@
+"""One Accelerator that does what the launcher meant, and a description that tells no secrets."""
+
+from __future__ import annotations
+
+import json
+import platform
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from harness import alone_on_the_cpu
+
+from accel_trainer import hardware
+from accel_trainer.errors import DataError, HardwareError, UserError
+
+
+@pytest.fixture(autouse=True)
+def no_launch(tmp_path: Path) -> Iterator[None]:
+    with alone_on_the_cpu(tmp_path / "cache"):
+        yield
+
+
+def test_processes_that_ignore_each_other_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")  # no rendezvous beside it, as PyTorchJob and MPI wrappers may leave it
+    monkeypatch.setattr(hardware, "_any_accelerator", lambda: True)  # so that nothing tells Accelerate of the CPU
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    with pytest.raises(HardwareError, match=r"the launcher started 2 processes \(WORLD_SIZE\), but Accelerate runs 1"):
+        hardware.start_accelerator()
+
+
+def test_accumulation_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    accelerator = hardware.start_accelerator()
+    assert accelerator.gradient_accumulation_steps == 1
+    weight = torch.nn.Parameter(torch.ones(1))
+    accelerator.backward((weight * 8).sum())
+    assert weight.grad is not None
+    assert weight.grad.item() == 8.0
+
+
+def test_ddp_does_not_broadcast_buffers() -> None:
+    accelerator = hardware.start_accelerator()
+    assert accelerator.ddp_handler.broadcast_buffers is False
+    assert accelerator.step_scheduler_with_optimizer is False
+
+
+@pytest.mark.parametrize("kind", list(hardware.REFUSED))
+def test_what_owns_the_step_is_refused(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = SimpleNamespace(num_processes=1, distributed_type=kind)
+    monkeypatch.setattr(hardware, "Accelerator", lambda **_: fake)
+    with pytest.raises(HardwareError, match=rf"distributed_type {kind.value}: .*use FSDP"):
+        hardware.start_accelerator()
+
+
+def test_a_config_that_accelerate_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusing(**_: Any) -> None:
+        raise ValueError("fp8 needs a package that is not there")
+
+    monkeypatch.setattr(hardware, "Accelerator", refusing)
+    with pytest.raises(HardwareError, match="accelerate config: fp8 needs"):
+        hardware.start_accelerator()
+
+
+def test_description_has_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets = {"HF_TOKEN": "hf_abcdef", "WANDB_API_KEY": "k3y", "AWS_SECRET_ACCESS_KEY": "s3cret", "MASTER_ADDR": "10.1.2.3"}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    facts = hardware.describe(hardware.start_accelerator())
+    text = json.dumps(facts)
+    assert not any(secret in text or name in text for name, secret in secrets.items())
+    host = socket.gethostname()
+    assert len(host) < 3 or host in platform.platform() or host not in text
+    assert facts["accelerate_environment"] == {"ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_USE_CPU": "true"}
+    assert facts["num_processes"] == 1
+    assert facts["device"] == "cpu"
+    assert facts["device_memory_bytes"] is None
+    assert facts["mixed_precision"] == "no"
+
+
+def test_versions_are_all_there() -> None:
+    found = hardware.versions()
+    assert set(found) == {"python", "platform", *hardware.PACKAGES}
+    assert found["torch"] == torch.__version__
+    assert hardware._installed("no-such-package") is None
+
+
+def test_git_commit(tmp_path: Path) -> None:
+    import subprocess
+
+    assert hardware.git_commit(tmp_path) is None
+
+    def git(*arguments: str) -> None:
+        identity = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
+
+    git("init")
+    (tmp_path / "a").write_text("1")
+    git("add", "a")
+    git("commit", "-m", "x")
+    commit = hardware.git_commit(tmp_path)
+    assert commit is not None
+    assert len(commit) == 40
+    (tmp_path / "a").write_text("2")
+    assert hardware.git_commit(tmp_path) == f"{commit}+changes"
+
+
+def test_budget_is_the_users_or_the_devices() -> None:
+    accelerator = hardware.start_accelerator()
+    assert hardware.tokens_per_device(accelerator, 77) == 77
+    assert hardware.tokens_per_device(accelerator, None) == 4096
+
+
+def others_say(monkeypatch: pytest.MonkeyPatch, *messages: str | None) -> Any:
+    """An accelerator with other processes, which say these messages after this one's."""
+    monkeypatch.setattr(hardware, "gather_object", lambda own: [*own, *messages])
+    return SimpleNamespace(num_processes=1 + len(messages))
+
+
+def test_a_mistake_on_one_process_is_raised_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="theirs"), hardware.together(others_say(monkeypatch, None, "theirs")):
+        pass
+    with pytest.raises(DataError, match="mine"), hardware.together(others_say(monkeypatch, "theirs")):
+        raise DataError("mine")
+    with hardware.together(others_say(monkeypatch, None)):
+        pass
+    with pytest.raises(DataError, match="alone"), hardware.together(others_say(monkeypatch)):
+        raise DataError("alone")
+
+
+@pytest.mark.parametrize("fails", [True, False])
+@pytest.mark.parametrize("first", [True, False])
+def test_the_first_process_goes_first_and_frees_the_others(first: bool, fails: bool) -> None:
+    events: list[str] = []
+    fake: Any = SimpleNamespace(is_local_main_process=first, wait_for_everyone=lambda: events.append("wait"))
+
+    def block() -> None:
+        with hardware.first_process_first(fake):
+            events.append("work")
+            if fails:
+                raise UserError("mistake")
+
+    if fails:
+        with pytest.raises(UserError):
+            block()
+    else:
+        block()
+    assert events == (["work", "wait"] if first else ["wait", "work"])

@@ -1,0 +1,148 @@
+"""The output folder: small files replaced at once, metrics cut back, a status that is true however a run ends."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from accel_trainer.errors import Interrupted, RunFolderError, TrainingFailed, UserError
+from accel_trainer.run_folder import RunFolder, open_run_folder, watched, write_json, write_text
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path / "run")
+
+
+def test_json_keeps_text_and_turns_what_json_lacks_into_null(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "x.json"
+    write_json(path, {"a": float("nan"), "b": [float("inf"), -float("inf"), 1.5], "面": ("x", True, None, 3)})
+    text = path.read_text(encoding="utf-8")
+    assert json.loads(text) == {"a": None, "b": [None, None, 1.5], "面": ["x", True, None, 3]}
+    assert "面" in text
+    assert "NaN" not in text
+
+
+def test_a_failed_replacement_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.txt"
+    write_text(path, "old")
+
+    def full(self: Path, *_: Any, **__: Any) -> int:
+        with self.open("w") as file:
+            file.write("ha")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(RunFolderError, match=r"cannot write .*x\.txt: No space left on device"):
+        write_text(path, "half")
+    assert path.read_text() == "old"
+
+
+def test_metrics_are_appended_and_cut(folder: RunFolder) -> None:
+    folder.cut_metrics(3)
+    assert not folder.metrics.exists()
+    lines: list[dict[str, Any]] = [{"step": step, "loss": 1 / step} for step in range(1, 6)]
+    lines.insert(3, {"step": 3, "split": "validation", "f1": 0.5})
+    for line in lines:
+        folder.append_metrics(line)
+    with folder.metrics.open("a") as file:
+        file.write('{"step": 2, "lo')  # a killed process's last words
+    folder.cut_metrics(3)
+    assert [json.loads(text) for text in folder.metrics.read_text().splitlines()] == lines[:4]
+    folder.append_metrics({"step": 4, "loss": float("nan")})
+    assert json.loads(folder.metrics.read_text().splitlines()[-1]) == {"step": 4, "loss": None}
+    folder.cut_metrics(0)
+    assert folder.metrics.read_text() == ""
+
+
+def test_predictions_are_one_line_per_row(folder: RunFolder) -> None:
+    path = folder.write_predictions("test", ({"row": i, "text": "面\n"} for i in range(3)))
+    assert path == folder.path / "predictions" / "test.jsonl"
+    assert [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] == [
+        {"row": i, "text": "面\n"} for i in range(3)
+    ]
+
+
+def test_opening(folder: RunFolder) -> None:
+    open_run_folder(folder, resume=False)
+    assert folder.path.is_dir()
+    assert not folder.holds_a_run
+    open_run_folder(folder, resume=False)  # an empty folder is free
+    folder.set_status("failed", 0)
+    open_run_folder(folder, resume=False)  # so is one where a mistake was found before the first step
+    folder.set_status("interrupted", 4)
+    folder.append_metrics({"step": 1})
+    with pytest.raises(RunFolderError, match=r"a run lies there already \(interrupted\); continue it with --resume"):
+        open_run_folder(folder, resume=False)
+    open_run_folder(folder, resume=True)
+
+
+def test_checkpoints_alone_are_a_run(folder: RunFolder) -> None:
+    folder.checkpoints.mkdir(parents=True)
+    with pytest.raises(RunFolderError, match=r"\(unknown\)"):
+        open_run_folder(folder, resume=False)
+
+
+def test_opening_puts_back_what_was_laid_aside(folder: RunFolder) -> None:
+    for name in (".best.old", ".model.old"):
+        (folder.path / name).mkdir(parents=True)
+    open_run_folder(folder, resume=True)
+    assert folder.best.is_dir()
+    assert folder.model.is_dir()
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunFolderError, match="--output_dir .*file"):
+        open_run_folder(RunFolder(tmp_path / "file"), resume=False)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(RunFolderError, match="read-only"):
+        open_run_folder(RunFolder(tmp_path / "locked"), resume=False)
+
+
+def test_status_of_a_broken_file_is_empty(folder: RunFolder) -> None:
+    assert folder.status() == {}
+    folder.path.mkdir()
+    (folder.path / "status.json").write_text("{half")
+    assert folder.status() == {}
+
+
+ENDS: dict[str, tuple[BaseException | None, dict[str, Any]]] = {
+    "done": (None, {"state": "done", "exit_code": 0, "reason": None}),
+    "mistake": (UserError("bad"), {"state": "failed", "exit_code": 2, "reason": "UserError: bad"}),
+    "failed": (TrainingFailed("nan"), {"state": "failed", "exit_code": 1, "reason": "TrainingFailed: nan"}),
+    "unforeseen": (ValueError("odd"), {"state": "failed", "exit_code": 1, "reason": "ValueError: odd"}),
+    "keyboard": (KeyboardInterrupt(), {"state": "failed", "exit_code": 1, "reason": "KeyboardInterrupt: "}),
+    "interrupted": (Interrupted("later"), {"state": "interrupted", "exit_code": 75, "reason": "later"}),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_status_is_true_however_the_run_ends(folder: RunFolder, end: str) -> None:
+    error, expected = ENDS[end]
+
+    def block() -> None:
+        with watched(folder, is_main_process=True) as watch:
+            assert folder.status() == {"state": "running", "exit_code": None, "step": 0, "reason": None}
+            watch.state = SimpleNamespace(step=7)
+            if error is not None:
+                raise error
+
+    if error is None:
+        block()
+    else:
+        with pytest.raises(type(error)):
+            block()
+    assert folder.status() == {**expected, "step": 7}
+
+
+def test_only_the_main_process_writes_status(folder: RunFolder) -> None:
+    with watched(folder, is_main_process=False):
+        pass
+    assert not folder.path.exists()

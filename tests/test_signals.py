@@ -1,0 +1,71 @@
+"""A stop request is noted, once, while the block lasts, and agreed on by all processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from harness import OneOfMany
+
+from accel_trainer.signals import StopRequest
+
+ALONE: Any = OneOfMany(0, 1)
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_noted(number: signal.Signals) -> None:
+    with StopRequest() as stop:
+        assert not stop.agreed(ALONE)
+        os.kill(os.getpid(), number)
+        assert stop.agreed(ALONE)
+        assert stop.agreed(ALONE)
+
+
+def test_handlers_are_given_back() -> None:
+    seen: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
+    with StopRequest():
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert seen == [signal.SIGTERM]
+    with pytest.raises(ValueError, match="inside"), StopRequest():
+        raise ValueError("inside")
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert len(seen) == 2
+
+
+class Together:
+    """Two processes, of which the other one was asked, or not."""
+
+    num_processes = 2
+    device = torch.device("cpu")
+
+    def __init__(self, others: float) -> None:
+        self.others, self.calls = others, 0
+
+    def reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor:
+        assert reduction == "sum"
+        self.calls += 1
+        return tensor + self.others
+
+
+@pytest.mark.parametrize(("mine", "others"), [(False, 0), (True, 0), (False, 1), (True, 1)])
+def test_one_request_stops_all(mine: bool, others: float) -> None:
+    group: Any = Together(others)
+    with StopRequest() as stop:
+        if mine:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.agreed(group) == (mine or bool(others))
+    assert group.calls == 1  # asked or not, everyone takes part

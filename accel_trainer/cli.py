@@ -125,8 +125,15 @@ def _add_model(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("model", metavar="RUN_OR_MODEL", help="folder of a run or of a model, or a Hub id")
     verb.add_argument("--text_column", help="column of the text (default: the recipe's)")
     verb.add_argument("--text_pair_column", help="column of the second text (default: the recipe's)")
-    verb.add_argument("--max_tokens_per_device", type=int, metavar="N", help="tokens at once, padding included")
+    verb.add_argument("--max_tokens_per_device", type=_positive, metavar="N", help="tokens at once, padding included")
     verb.add_argument("--trust_remote_code", action="store_true", help="run code that the model's repository holds")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
 
 
 def main(argv: Sequence[str] | None = None) -> int:

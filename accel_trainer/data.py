@@ -329,7 +329,7 @@ def _texts(
     texts = _column(section, role, table, rows, column)
     missing = [row for row, text in enumerate(texts) if text is None or not str(text).strip()]
     if missing:
-        more = f" and {len(missing) - 1} more rows" if len(missing) > 1 else ""
+        more = f" and {len(missing) - 1} more row{'s' if len(missing) > 2 else ''}" if len(missing) > 1 else ""
         raise DataError(f"{place(missing[0])}{more}: column {column!r} holds no text; remove or complete the rows")
     strange = next((row for row, text in enumerate(texts) if not isinstance(text, str)), None)
     if strange is not None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from accel_trainer import hardware, metrics
 from accel_trainer.data import LabelledData, Split, load_labelled, tokenise
 from accel_trainer.errors import UserError
-from accel_trainer.model import build_model, load_config, weights_sha256
+from accel_trainer.model import build_model, checkpoint_commit, load_config, weights_sha256
 from accel_trainer.recipe import Recipe
 from accel_trainer.tokenization import load_tokenizer, longest_input, tokenizer_sha256
 
@@ -68,7 +68,7 @@ def read_inputs(recipe: Recipe, *, trust_remote_code: bool = False) -> Inputs:
     splits = {role: tokenise(rows, recipe.dataset, tokenizer, max_length) for role, rows in data.roles.items()}
     model = build_model(recipe.model, config, recipe.training.seed, trust_remote_code=trust_remote_code)
     return Inputs(
-        recipe=pinned(recipe, data, max_length, config),
+        recipe=pinned(recipe, data, max_length),
         splits=splits,
         label_names=data.label_names,
         tokenizer=tokenizer,
@@ -106,7 +106,7 @@ def truncation_notes(splits: dict[str, Split], max_length: int) -> list[str]:
     ]
 
 
-def pinned(recipe: Recipe, data: LabelledData, max_length: int, config: Any) -> Recipe:
+def pinned(recipe: Recipe, data: LabelledData, max_length: int) -> Recipe:
     """The recipe with everything in it that could mean something else tomorrow fixed: commits, rows, length, labels."""
     dataset = recipe.dataset.model_copy(
         update={
@@ -116,8 +116,7 @@ def pinned(recipe: Recipe, data: LabelledData, max_length: int, config: Any) -> 
             "sha256": {role: rows.sha256 for role, rows in data.roles.items()},
         }
     )
-    commit = getattr(config, "_commit_hash", None)
-    model = recipe.model.model_copy(update={"revision": commit or recipe.model.revision})
+    model = recipe.model.model_copy(update={"revision": checkpoint_commit(recipe.model) or recipe.model.revision})
     return recipe.model_copy(update={"dataset": dataset, "model": model})
 
 

@@ -6,9 +6,11 @@ The same seed and checkpoint give the same initial weights on every machine; the
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
@@ -82,6 +84,14 @@ def load_config(
             )
         setattr(config, name, probability)
     return config
+
+
+def checkpoint_commit(section: ModelSection) -> str | None:
+    """Commit of the Hub checkpoint that was just read, from the name of its folder in the Hub's cache; None for others."""
+    if section.checkpoint is None or Path(section.checkpoint).exists():
+        return None
+    cached = try_to_load_from_cache(section.checkpoint, "config.json", revision=section.revision or "main")
+    return Path(cached).parent.name if isinstance(cached, str) else None
 
 
 def build_model(

@@ -36,7 +36,7 @@ class TrainingPlan:
             total = training.max_steps
         else:
             assert training.num_train_epochs is not None
-            # Exact: in binary floating point 0.1 × 30 exceeds 3, and ceil would add a step.
+            # Exact: in binary floating point 1.1 × 100 exceeds 110, and ceil would add a step.
             total = ceil(Fraction(str(training.num_train_epochs)) * per_epoch)
         warmup = training.warmup_steps
         strategy_steps = {"no": None, "epoch": per_epoch}

@@ -13,7 +13,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -240,7 +240,8 @@ def open_writer(target: Path, label_names: list[str], schema: pa.Schema, carried
     except OSError as error:
         raise UserError(f"--output {target}: {error.strerror or error}; make space, or write elsewhere") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def evaluate_file(

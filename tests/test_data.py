@@ -261,7 +261,7 @@ def test_a_row_without_text_is_named(tmp_path, rows, blank):
     rows[75] = (blank, "positive")
     file = write_csv(tmp_path / "reviews.csv", rows)
     message = refused(file, {"train": "train[:60]", "validation": "train[60:]"}, shuffle_seed=None)
-    assert f"{file}, row 70 and 1 more rows: column 'text' holds no text" in message
+    assert f"{file}, row 70 and 1 more row: column 'text' holds no text" in message
     load(file, {"train": "train[:60]", "validation": "train[80:]"})
 
 

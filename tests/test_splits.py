@@ -41,7 +41,7 @@ def bounds(expression, n):
         ("train[:12.5%]", 12, (0, 2)),  # 1.5 rows
         ("train[:12.5%]", 20, (0, 2)),  # 2.5 rows: halves to even
         ("train[:29%]", 100, (0, 29)),  # 0.29 * 100 is 28.999… in binary
-        ("train[:57.5%]", 1000, (0, 575)),  # 0.575 * 1000 is 574.99… in binary
+        ("train[:57.5%]", 1000, (0, 575)),
         ("train[ 1 : 3 ]", 10, (1, 3)),
         ("  train  [1:3]  ", 10, (1, 3)),
         ("un-super.vised_2[:1]", 10, (0, 1)),

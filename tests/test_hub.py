@@ -1,0 +1,93 @@
+"""The Hub, without a network: a cache folder that the test builds, as a download would have left it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import yaml
+from harness import start
+from support import reviews, tiny_recipe, write_csv
+from transformers import BertConfig, BertModel
+
+from accel_trainer.recipe import TokenizerTraining
+from accel_trainer.tokenization import train_word_pieces
+
+COMMIT = {"model": "a" * 40, "dataset": "b" * 40}
+
+
+def snapshot(cache: Path, kind: str, repository: str) -> Path:
+    """An empty snapshot of `main` in a Hub cache; files go into it."""
+    home = cache / "hub" / f"{kind}s--{repository.replace('/', '--')}"
+    (home / "refs").mkdir(parents=True)
+    (home / "refs" / "main").write_text(COMMIT[kind], encoding="utf-8")
+    folder = home / "snapshots" / COMMIT[kind]
+    folder.mkdir(parents=True)
+    return folder
+
+
+def test_hub_ids_train_from_a_cache_and_are_pinned(tmp_path: Path) -> None:
+    home = tmp_path / "hf-home"
+    data = snapshot(home, "dataset", "team/reviews")
+    write_csv(data / "train.csv", reviews(60))
+    write_csv(data / "validation.csv", reviews(20, seed=1))
+    (data / "README.md").write_text(
+        "---\nconfigs:\n- config_name: food\n  data_files:\n  - split: train\n    path: train.csv\n"
+        "  - split: validation\n    path: validation.csv\n---\n",
+        encoding="utf-8",
+    )
+    checkpoint = snapshot(home, "model", "team/tiny-bert")
+    tokenizer = train_word_pieces(TokenizerTraining(vocab_size=200), [text for text, _ in reviews(60)])
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+    )
+    BertModel(config).save_pretrained(checkpoint)
+    tokenizer.save_pretrained(checkpoint)
+
+    values = tiny_recipe(tmp_path)
+    values["dataset"] = {
+        "path": "team/reviews",
+        "name": "food",
+        "splits": {"train": "train", "validation": "validation"},
+        "labels": ["negative", "positive"],
+        "max_length": 16,
+    }
+    values["model"] = {"checkpoint": "team/tiny-bert"}
+    recipe = tmp_path / "hub.yaml"
+    recipe.write_text(yaml.safe_dump(values), encoding="utf-8")
+    run = start(
+        [sys.executable, "-m", "accel_trainer.train", str(recipe), "--output_dir", "run"],
+        tmp_path,
+        HF_HOME=str(home),
+        ACCELERATE_USE_CPU="true",
+    )
+    assert run.code == 0, run.err
+    pinned = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text(encoding="utf-8"))
+    assert pinned["dataset"]["path"] == "team/reviews"
+    assert pinned["dataset"]["revision"] == COMMIT["dataset"]
+    assert pinned["model"]["checkpoint"] == "team/tiny-bert"
+    assert pinned["model"]["revision"] == COMMIT["model"]
+
+    missing = start(
+        [
+            sys.executable,
+            "-m",
+            "accel_trainer.train",
+            str(recipe),
+            "model.checkpoint=team/another",
+            "--output_dir",
+            "no",
+        ],
+        tmp_path,
+        HF_HOME=str(home),
+        ACCELERATE_USE_CPU="true",
+    )
+    assert missing.code == 2
+    assert "model.checkpoint" in missing.err
+    assert "team/another" in missing.err
+    assert "Traceback" not in missing.err

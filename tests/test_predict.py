@@ -1,0 +1,220 @@
+"""Files are labelled in order, whatever their size and kind; scores on other data are those of training."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import pytest
+from harness import Outcome, alone_on_the_cpu, run_trainer, write_recipe_in
+from support import reviews, write_csv
+
+from accel_trainer import predict
+from accel_trainer.errors import DataError, UserError
+from accel_trainer.predict import Classifier, evaluate_file, load_classifier, predict_file, predict_texts
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """A run that has learnt something, with a learning rate in exponent form and labels that YAML 1.1 misreads."""
+    place = tmp_path_factory.mktemp("predict")
+    table = write_csv(place / "reviews.csv", [(text, "yes" if label == "positive" else "no") for text, label in reviews(90)])
+    recipe = write_recipe_in(
+        place,
+        dataset={"path": str(table), "labels": ["no", "yes"]},
+        training={"learning_rate": 2e-2, "num_train_epochs": 3, "adam_epsilon": 1e-8},
+        evaluation={"metrics": ["accuracy", "f1", "matthews_correlation"], "average": "weighted"},
+    )
+    outcome = run_trainer(recipe, place / "run")
+    assert outcome.code == 0, outcome.err
+    return outcome
+
+
+@pytest.fixture
+def classifier(run: Outcome, tmp_path: Path) -> Iterator[Classifier]:
+    with alone_on_the_cpu(tmp_path / "cache"):
+        yield load_classifier(str(run.folder))
+
+
+@pytest.fixture
+def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
+    """More rows than are taken at once, with all that makes a CSV cell difficult."""
+    monkeypatch.setattr(predict, "ROWS_AT_ONCE", 4)
+    rows = [{"id": f"0{i}", "text": text} for i, (text, _) in enumerate(reviews(11, seed=2))]
+    rows[3]["text"] = 'good, "very"\nsoup 面'
+    rows[7]["text"] = ""
+    return rows
+
+
+def expected(classifier: Classifier, rows: list[dict[str, str]]) -> list[dict[str, Any]]:
+    return [predict_texts(classifier, [row["text"]])[0] for row in rows]
+
+
+def check(found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
+    assert [row["prediction"] for row in found] == [row["prediction"] for row in wanted]
+    for one, other in zip(found, wanted, strict=True):
+        assert one["probabilities"] == pytest.approx(other["probabilities"], abs=1e-6)
+
+
+def test_texts_in_order(classifier: Classifier) -> None:
+    texts = [text for text, _ in reviews(9, seed=4)]
+    together = predict_texts(classifier, texts)
+    check(together, [predict_texts(classifier, [text])[0] for text in texts])
+    assert len({json.dumps(record) for record in together}) > 1
+    assert {record["prediction"] for record in together} <= {"no", "yes"}
+    for record in together:
+        assert sum(record["probabilities"].values()) == pytest.approx(1)
+
+
+def test_jsonl_to_jsonl(classifier: Classifier, many: list[dict[str, str]], tmp_path: Path) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "deep" / "out.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in many), encoding="utf-8")
+    assert predict_file(classifier, source, target, None) == 11
+    found = [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
+    assert [{"id": row["id"], "text": row["text"]} for row in found] == many
+    check(found, expected(classifier, many))
+    assert [path.name for path in target.parent.iterdir()] == ["out.jsonl"]
+
+
+@pytest.mark.parametrize(("suffix", "delimiter"), [(".csv", ","), (".tsv", "\t")])
+def test_csv_to_csv(
+    classifier: Classifier, many: list[dict[str, str]], tmp_path: Path, suffix: str, delimiter: str
+) -> None:
+    many[7]["text"] = "a\rb"
+    source, target = tmp_path / f"in{suffix}", tmp_path / f"out{suffix}"
+    with source.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["id", "text"], delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(many)
+    predict_file(classifier, source, target, "text")
+    with target.open(encoding="utf-8", newline="") as file:
+        found = list(csv.DictReader(file, delimiter=delimiter))
+    assert [{"id": row["id"], "text": row["text"]} for row in found] == many
+    for row in found:
+        row["probabilities"] = {name: float(row[f"probability_{name}"]) for name in ("no", "yes")}
+    check(found, expected(classifier, many))
+
+
+def test_parquet_to_parquet(classifier: Classifier, many: list[dict[str, str]], tmp_path: Path) -> None:
+    source, target = tmp_path / "in.parquet", tmp_path / "out.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{**row, "n": 1.5} for row in many]), source)
+    predict_file(classifier, source, target, None)
+    table = pyarrow.parquet.read_table(target)
+    assert table.schema.names == ["id", "text", "n", "prediction", "probabilities"]
+    found = table.to_pylist()
+    assert [{"id": row["id"], "text": row["text"]} for row in found] == many
+    check(found, expected(classifier, many))
+
+
+def test_labelled_again(classifier: Classifier, many: list[dict[str, str]], tmp_path: Path) -> None:
+    """What was written can be read, and its own columns do not come twice."""
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in many), encoding="utf-8")
+    predict_file(classifier, source, first, None)
+    predict_file(classifier, first, second, None)
+    assert second.read_bytes() == first.read_bytes()
+
+
+@pytest.mark.parametrize("budget", [1, 50, 10_000])
+def test_the_budget_changes_nothing(run: Outcome, tmp_path: Path, budget: int) -> None:
+    texts = [text for text, _ in reviews(9, seed=4)]
+    with alone_on_the_cpu(tmp_path / "cache"):
+        one = load_classifier(str(run.folder), max_tokens_per_device=budget)
+        other = load_classifier(str(run.folder))
+        check(predict_texts(one, texts), predict_texts(other, texts))
+
+
+def test_an_unknown_suffix(classifier: Classifier, tmp_path: Path) -> None:
+    source = write_csv(tmp_path / "in.csv", reviews(3))
+    with pytest.raises(UserError, match=r"--output .*out\.xlsx: unknown kind of file '\.xlsx'"):
+        predict_file(classifier, source, tmp_path / "out.xlsx", None)
+    assert not (tmp_path / "out.xlsx").exists()
+
+
+def test_a_target_that_cannot_be(classifier: Classifier, tmp_path: Path) -> None:
+    source = write_csv(tmp_path / "in.csv", reviews(3))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--output "):
+        predict_file(classifier, source, tmp_path / "file" / "out.csv", None)
+
+
+def test_a_missing_column(classifier: Classifier, tmp_path: Path) -> None:
+    source = write_csv(tmp_path / "in.csv", reviews(3), ("review", "stars"))
+    with pytest.raises(DataError, match=r"in\.csv has no column 'text'; .*--text_column: review, stars"):
+        predict_file(classifier, source, tmp_path / "out.csv", None)
+    assert predict_file(classifier, source, tmp_path / "out.csv", "review") == 3
+
+
+@pytest.mark.parametrize("cell", [None, 3])
+def test_a_row_without_text_is_named(
+    classifier: Classifier, many: list[dict[str, Any]], tmp_path: Path, cell: int | None
+) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    rows: list[Any] = [{"text": row["text"]} for row in many]
+    rows[9]["text"] = cell if cell is None else None  # a column has one type; null among texts
+    if cell is not None:
+        rows = [{"text": i} for i in range(11)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    target.write_text("what was there")
+    with pytest.raises(DataError, match=r"in\.jsonl, (row|line) \d+.*'text' holds") as caught:
+        predict_file(classifier, source, target, None)
+    if cell is None:
+        assert "9" in str(caught.value) or "10" in str(caught.value)
+    assert target.read_text() == "what was there"
+    assert not list(tmp_path.glob(".*.writing"))
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_scores_on_other_data_are_those_of_training(
+    run: Outcome, classifier: Classifier, tmp_path: Path, split: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict, "ROWS_AT_ONCE", 7)
+    lines = (run.folder / "predictions" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    source = write_csv(tmp_path / "same.csv", [(row["text"], row["label"]) for row in rows])
+    scores, text = evaluate_file(classifier, source)
+    trained = run.json("results.json")[split]
+    assert set(scores) == set(trained)
+    assert scores["loss"] == pytest.approx(trained["loss"], abs=1e-6)
+    for name in ("accuracy", "f1", "matthews_correlation"):
+        assert scores[name] == pytest.approx(trained[name], abs=1e-9)
+    assert scores["confusion_matrix"] == trained["confusion_matrix"]
+    assert "confusion matrix" in text
+    found = predict_texts(classifier, [row["text"] for row in rows])
+    check(found, rows)
+
+
+def test_labels_that_cannot_be_scored(classifier: Classifier, tmp_path: Path) -> None:
+    unknown = write_csv(tmp_path / "unknown.csv", [("good soup", "maybe"), ("cold soup", "no")])
+    with pytest.raises(DataError, match="maybe"):
+        evaluate_file(classifier, unknown)
+    without = write_csv(tmp_path / "without.csv", [("good soup", "yes"), ("cold soup", "")])
+    with pytest.raises(DataError):
+        evaluate_file(classifier, without)
+    other = write_csv(tmp_path / "other.csv", [("good soup", "yes"), ("cold soup", "no")], ("t", "l"))
+    scores, _ = evaluate_file(classifier, other, "t", "l")
+    assert sum(map(sum, scores["confusion_matrix"])) == 2
+
+
+def test_a_run_a_model_and_the_best(run: Outcome, tmp_path: Path) -> None:
+    texts = [text for text, _ in reviews(3)]
+    with alone_on_the_cpu(tmp_path / "cache"):
+        found = [load_classifier(str(run.folder / name)) for name in ("", "model", "best")]
+        for classifier in found:
+            assert classifier.label_names == ["no", "yes"]
+            assert classifier.max_length == 16
+            assert classifier.recipe is not None
+            check(predict_texts(classifier, texts), predict_texts(found[0], texts))
+
+
+def test_no_model(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="RUN_OR_MODEL: cannot load .*nowhere"):
+        load_classifier(str(tmp_path / "nowhere"))
+    (tmp_path / "status.json").write_text("{}")
+    with pytest.raises(UserError, match="the run has no model yet"):
+        load_classifier(str(tmp_path))

@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,12 +30,13 @@ def _any_accelerator() -> bool:
     return torch.accelerator.is_available()
 
 
-def start_accelerator(report_to: list[str] | None = None, project_dir: str | Path | None = None) -> Accelerator:
+def start_accelerator(report_to: Sequence[str] = (), project_dir: str | Path | None = None) -> Accelerator:
     """The one Accelerator of this process.
 
     Raises:
         HardwareError: the launch started other processes than the Accelerator knows of, or a plugin that this
             program cannot keep its promise with.
+        UserError: a tracker is not installed.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     try:
@@ -47,11 +48,17 @@ def start_accelerator(report_to: list[str] | None = None, project_dir: str | Pat
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             step_scheduler_with_optimizer=False,
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-            log_with=report_to or None,
+            log_with=list(report_to) or None,
             project_dir=project_dir,
         )
     except (ValueError, ImportError) as error:
         raise HardwareError(f"accelerate config: {error}") from error
+    # Accelerate leaves out, without a word, the trackers whose package is not installed.
+    missing = sorted(set(report_to) - {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with})
+    if missing:
+        raise UserError(
+            f"tracking.report_to: {', '.join(missing)} is not installed; install it, or take it out of the list"
+        )
     if accelerator.num_processes != world_size:
         raise HardwareError(
             f"the launcher started {world_size} processes (WORLD_SIZE), but Accelerate runs {accelerator.num_processes} "

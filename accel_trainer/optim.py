@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, get_scheduler
 from transformers.optimization import Adafactor
 
@@ -73,9 +73,9 @@ def build_optimizer(groups: Iterable[dict[str, Any]], section: TrainingSection, 
     return torch.optim.SGD(groups, lr=section.learning_rate)
 
 
-def build_scheduler(optimizer: Optimizer, section: TrainingSection, plan: TrainingPlan) -> LRScheduler:
+def build_scheduler(optimizer: Optimizer, section: TrainingSection, plan: TrainingPlan) -> LambdaLR:
     """The recipe's schedule over `plan.total_steps`; to be stepped once per update, whatever the number of processes."""
-    scheduler: LRScheduler = get_scheduler(
+    scheduler: LambdaLR = get_scheduler(
         section.lr_scheduler_type,
         optimizer,
         num_warmup_steps=plan.warmup_steps,

@@ -10,6 +10,7 @@ from fractions import Fraction
 from math import ceil
 from typing import Any
 
+from accel_trainer.errors import UserError
 from accel_trainer.order import steps_per_epoch
 from accel_trainer.recipe import Recipe
 
@@ -29,7 +30,11 @@ class TrainingPlan:
 
     @classmethod
     def of(cls, recipe: Recipe, num_examples: int) -> TrainingPlan:
-        """The plan of `recipe` on a training split of `num_examples` rows."""
+        """The plan of `recipe` on a training split of `num_examples` rows.
+
+        Raises:
+            UserError: the warm-up would outlast the run.
+        """
         training = recipe.training
         per_epoch = steps_per_epoch(num_examples, training.global_batch_size)
         if training.max_steps is not None:
@@ -39,6 +44,11 @@ class TrainingPlan:
             # Exact: in binary floating point 1.1 × 100 exceeds 110, and ceil would add a step.
             total = ceil(Fraction(str(training.num_train_epochs)) * per_epoch)
         warmup = training.warmup_steps
+        if warmup > total:
+            raise UserError(
+                f"training.warmup_steps: {warmup:.0f} steps of warm-up, but {training.num_train_epochs} epochs are {total} "
+                "steps; shorten it, or give a share of the run below 1"
+            )
         strategy_steps = {"no": None, "epoch": per_epoch}
         return cls(
             num_examples=num_examples,

@@ -33,7 +33,7 @@ from accel_trainer.errors import CannotLoad, DataError, UserError
 from accel_trainer.evaluation import Logits, predict_logits
 from accel_trainer.recipe import DatasetSection, EvaluationSection, Recipe, SplitsSection
 from accel_trainer.sources import Table, read_files
-from accel_trainer.tokenization import tokens_of_texts
+from accel_trainer.tokenization import longest_input, tokens_of_texts
 from accel_trainer.tracking import quieten_libraries
 
 ROWS_AT_ONCE = 10_000  # rows in memory; enough for micro-batches of similar length, little enough for long texts
@@ -83,13 +83,12 @@ def load_classifier(
     except (OSError, ValueError) as error:
         raise CannotLoad("RUN_OR_MODEL", path, error) from error
     accelerator = hardware.start_accelerator()
-    positions = getattr(model.config, "max_position_embeddings", 512)
     return Classifier(
         model=model.to(accelerator.device).eval(),
         tokenizer=tokenizer,
         accelerator=accelerator,
         label_names=[str(model.config.id2label[i]) for i in range(model.config.num_labels)],
-        max_length=min(tokenizer.model_max_length, positions),
+        max_length=longest_input(None, tokenizer, model.config),
         max_tokens=hardware.tokens_per_device(accelerator, max_tokens_per_device),
         recipe=recipe,
     )

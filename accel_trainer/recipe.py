@@ -352,9 +352,9 @@ class TrackingSection(Section):
     """What is said while training."""
 
     logging_steps: PositiveInt = Field(10, description="Optimizer steps between logged lines.")
-    report_to: list[str] = Field(
-        default_factory=list, description="Trackers, through Accelerate: tensorboard, wandb, …"
-    )
+    report_to: list[
+        Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
+    ] = Field(default_factory=list, description="Trackers, through Accelerate; each needs its package.")
     project_name: str = Field("accel_trainer", description="Project under which trackers file the run.")
 
 

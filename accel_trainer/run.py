@@ -11,7 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from accel_trainer import artifacts, checkpoint, hardware
 from accel_trainer.errors import RunFolderError, UserError
@@ -59,7 +59,7 @@ class Run:
     folder: RunFolder
     model: nn.Module
     optimizer: Optimizer
-    scheduler: LRScheduler
+    scheduler: LambdaLR
     state: TrainerState
     max_tokens: int
 
@@ -185,7 +185,6 @@ def save(run: Run) -> None:
             tensors,
             {
                 "state": asdict(run.state),
-                "scheduler": _plain(run.scheduler.state_dict()),
                 "optimizer_values": values,
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "mathematics": mathematics(run.inputs),
@@ -291,10 +290,6 @@ def throughput(run: Run) -> dict[str, Any]:
         "best_metric": state.best_metric,
         "stopped_early": state.stopped_early,
     }
-
-
-def _plain(state: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in state.items() if isinstance(value, int | float | list | str | bool | None)}
 
 
 def _inner(optimizer: Optimizer) -> Optimizer:

@@ -24,6 +24,20 @@ from accel_trainer.errors import CannotLoad, DataError, UserError
 from accel_trainer.recipe import ModelSection, TokenizerTraining
 
 TOKENS_FORMAT = 1  # part of the cache key; raised when the columns of the token cache change
+# Families whose position ids start one past the padding id, so that they have fewer positions than their config says.
+OFFSET_POSITIONS = frozenset(
+    [
+        "roberta",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "roberta-prelayernorm",
+        "camembert",
+        "mpnet",
+        "xmod",
+        "longformer",
+        "data2vec-text",
+    ]
+)
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
@@ -83,7 +97,7 @@ def longest_input(max_length: int | None, tokenizer: PreTrainedTokenizerBase, co
         UserError: the recipe asks for more than the model has positions for.
     """
     positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
+    if positions is not None and config.model_type in OFFSET_POSITIONS:
         positions -= (config.pad_token_id or 0) + 1  # these count positions from one past the padding id
     if max_length is None:
         return min(tokenizer.model_max_length, positions or 512, 2**20)

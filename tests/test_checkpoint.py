@@ -212,13 +212,17 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     weights, optimizer, state = load_checkpoint(path)
     for before, after in ((WEIGHTS, weights), (OPTIMIZER, optimizer)):
         assert set(before) == set(after)
-        assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
+        assert all(
+            torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before
+        )
     assert state == STATE
 
 
 def test_tied_and_strided_tensors(tmp_path: Path) -> None:
     weight = torch.arange(6.0).reshape(2, 3)
-    save_tensors({"a": weight, "tied": weight, "turned": weight.t(), "empty": torch.empty(0)}, tmp_path / "x.safetensors")
+    save_tensors(
+        {"a": weight, "tied": weight, "turned": weight.t(), "empty": torch.empty(0)}, tmp_path / "x.safetensors"
+    )
     loaded = checkpoint.load_file(tmp_path / "x.safetensors")
     assert torch.equal(loaded["a"], weight)
     assert torch.equal(loaded["tied"], weight)

@@ -66,7 +66,12 @@ def test_a_config_that_accelerate_refuses(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_description_has_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
-    secrets = {"HF_TOKEN": "hf_abcdef", "WANDB_API_KEY": "k3y", "AWS_SECRET_ACCESS_KEY": "s3cret", "MASTER_ADDR": "10.1.2.3"}
+    secrets = {
+        "HF_TOKEN": "hf_abcdef",
+        "WANDB_API_KEY": "k3y",
+        "AWS_SECRET_ACCESS_KEY": "s3cret",
+        "MASTER_ADDR": "10.1.2.3",
+    }
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")

@@ -22,7 +22,9 @@ from accel_trainer.predict import Classifier, evaluate_file, load_classifier, pr
 def run(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """A run that has learnt something, with a learning rate in exponent form and labels that YAML 1.1 misreads."""
     place = tmp_path_factory.mktemp("predict")
-    table = write_csv(place / "reviews.csv", [(text, "yes" if label == "positive" else "no") for text, label in reviews(90)])
+    table = write_csv(
+        place / "reviews.csv", [(text, "yes" if label == "positive" else "no") for text, label in reviews(90)]
+    )
     recipe = write_recipe_in(
         place,
         dataset={"path": str(table), "labels": ["no", "yes"]},

@@ -31,7 +31,8 @@ progress.close()
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"), [(0, "0:00"), (7.4, "0:07"), (59.6, "1:00"), (750, "12:30"), (11100, "3:05:00"), (3600, "1:00:00")]
+    ("seconds", "said"),
+    [(0, "0:00"), (7.4, "0:07"), (59.6, "1:00"), (750, "12:30"), (11100, "3:05:00"), (3600, "1:00:00")],
 )
 def test_clock(seconds: float, said: str) -> None:
     assert clock(seconds) == said

@@ -68,7 +68,7 @@ def check_equal(two: Outcome, one: Outcome) -> None:
             for run in (two, one)
         ]
         assert [row["text"] for row in rows[0]] == [row["text"] for row in rows[1]]
-    for key in ("steps", "examples", "tokens", "padding_avoided", "best_step"):
+    for key in ("steps", "examples", "tokens", "best_step"):
         assert two.json("results.json")["train"][key] == one.json("results.json")["train"][key]
 
 
@@ -149,16 +149,14 @@ def test_a_signal_saves_on_both(place: Path, number: signal.Signals, whole_group
     assert f"checkpoint-{status['step']}" in saved
 
 
-@pytest.mark.parametrize("overrides", [["training.learning_rat=1"], ["dataset.text_column=review"]])
-def test_a_mistake_ends_both_quickly_with_one_message(place: Path, overrides: list[str]) -> None:
+def test_a_mistake_ends_both_quickly_with_one_message(place: Path) -> None:
     started = time.monotonic()
-    outcome = launch(LAUNCH, place, "tiny.yaml", f"mistake-{overrides[0]}", *overrides)
+    outcome = launch(LAUNCH, place, "tiny.yaml", "mistake", "dataset.text_column=review")
     assert time.monotonic() - started < 60
     assert outcome.code != 0
     assert outcome.err.count("error: ") == 1
-    said = overrides[0].split("=")[0] if "rat=" in overrides[0] else "review"
     (message,) = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
-    assert said in message
+    assert "review" in message
     assert outcome.json("status.json")["exit_code"] == 2
 
 

@@ -50,7 +50,7 @@ def test_ddp_does_not_broadcast_buffers() -> None:
 
 @pytest.mark.parametrize("kind", list(hardware.REFUSED))
 def test_what_owns_the_step_is_refused(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = SimpleNamespace(num_processes=1, distributed_type=kind)
+    fake = SimpleNamespace(num_processes=1, distributed_type=kind, log_with=[])
     monkeypatch.setattr(hardware, "Accelerator", lambda **_: fake)
     with pytest.raises(HardwareError, match=rf"distributed_type {kind.value}: .*use FSDP"):
         hardware.start_accelerator()

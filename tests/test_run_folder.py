@@ -99,7 +99,7 @@ def test_opening_puts_back_what_was_laid_aside(folder: RunFolder) -> None:
 
 def test_a_place_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunFolderError, match="--output_dir .*file"):
+    with pytest.raises(RunFolderError, match=r"--output_dir .*file"):
         open_run_folder(RunFolder(tmp_path / "file"), resume=False)
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(RunFolderError, match="read-only"):

@@ -86,7 +86,7 @@ def test_a_run_leaves_every_file(whole: Outcome) -> None:
         "trainer_state.json",
         "manifest.json",
     }
-    leftovers = [path for path in whole.folder.rglob(".*")]
+    leftovers = list(whole.folder.rglob(".*"))
     assert leftovers == []
 
 

@@ -1,12 +1,37 @@
-"""Signals: a run that is asked to stop ends at a step all processes agree on."""
+"""Signals: a run that is asked to stop ends at a step all processes agree on, or at once where no step is under way."""
 
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
+
+from accel_trainer.errors import Interrupted
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@contextmanager
+def interrupted_by_signals() -> Iterator[None]:
+    """Turn SIGTERM and SIGINT into `Interrupted` while the block lasts.
+
+    Raises:
+        Interrupted: wherever the block is when the signal comes.
+    """
+
+    def interrupt(_number: int, _frame: object) -> None:
+        raise Interrupted("interrupted; run the same line again with --resume")
+
+    before = {number: signal.signal(number, interrupt) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class StopRequest:
@@ -17,11 +42,13 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self._restore()
+        if self._asked and kind is None:  # after the last step had agreed to go on
+            raise Interrupted("interrupted after the last step; run the same line again with --resume")
 
     def _note(self, _number: int, _frame: object) -> None:
         self._asked = True

@@ -47,7 +47,7 @@ from accel_trainer.recipe import Recipe
 from accel_trainer.recipe_file import load_recipe
 from accel_trainer.run import Run, continue_run, prepare, record, save, throughput, write_model, write_run_json
 from accel_trainer.run_folder import RunFolder, open_run_folder, watched, write_json
-from accel_trainer.signals import StopRequest
+from accel_trainer.signals import StopRequest, interrupted_by_signals
 from accel_trainer.tracking import Progress, logger, quieten_libraries, speak_on
 
 
@@ -126,7 +126,7 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any]:
     with hardware.together(accelerator):
         if accelerator.is_main_process:
             open_run_folder(folder, resume=resume)
-    with watched(folder, accelerator.is_main_process) as watch:
+    with watched(folder, accelerator.is_main_process) as watch, interrupted_by_signals():
         inputs = read_inputs_together(accelerator, recipe, trust_remote_code=options.trust_remote_code)
         for note in inputs.notes:
             logger.info("note: %s", note)

@@ -443,7 +443,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
             "lr_scheduler_kwargs": draw(st.fixed_dictionaries({}, optional={"power": rates | st.integers() | words})),
             "warmup_steps": draw(st.floats(0, 0.99) | st.integers(0, 99)),
         },
-        "tracking": {"project_name": draw(words), "report_to": draw(st.lists(words.filter(lambda word: word.lower() != "none")))},
+        "tracking": {"project_name": draw(words), "report_to": draw(st.lists(st.sampled_from(["tensorboard", "mlflow", "wandb"])))},
     }  # fmt: skip
     return Recipe.model_validate(values)
 

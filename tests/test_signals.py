@@ -11,7 +11,8 @@ import pytest
 import torch
 from harness import OneOfMany
 
-from accel_trainer.signals import StopRequest
+from accel_trainer.errors import Interrupted
+from accel_trainer.signals import StopRequest, interrupted_by_signals
 
 ALONE: Any = OneOfMany(0, 1)
 
@@ -26,11 +27,32 @@ def handlers() -> Iterator[None]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_noted(number: signal.Signals) -> None:
-    with StopRequest() as stop:
+    with pytest.raises(Interrupted, match="honoured"), StopRequest() as stop:
         assert not stop.agreed(ALONE)
         os.kill(os.getpid(), number)
         assert stop.agreed(ALONE)
         assert stop.agreed(ALONE)
+        raise Interrupted("honoured")
+
+
+def test_a_request_that_no_step_heard_is_not_lost() -> None:
+    with pytest.raises(Interrupted, match="after the last step"), StopRequest():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_outside_of_steps_interrupts_at_once(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted, match="--resume"), interrupted_by_signals():
+        os.kill(os.getpid(), number)
+        pytest.fail("went on")
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_signal_does_not_wait_for_the_step() -> None:
+    with pytest.raises(Interrupted, match="interrupted; run"), interrupted_by_signals(), StopRequest():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_handlers_are_given_back() -> None:
@@ -64,8 +86,9 @@ class Together:
 @pytest.mark.parametrize(("mine", "others"), [(False, 0), (True, 0), (False, 1), (True, 1)])
 def test_one_request_stops_all(mine: bool, others: float) -> None:
     group: Any = Together(others)
-    with StopRequest() as stop:
+    with pytest.raises(Interrupted, match="honoured"), StopRequest() as stop:
         if mine:
             os.kill(os.getpid(), signal.SIGTERM)
         assert stop.agreed(group) == (mine or bool(others))
+        raise Interrupted("honoured")
     assert group.calls == 1  # asked or not, everyone takes part

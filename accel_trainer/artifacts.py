@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ import yaml
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from accel_trainer.checkpoint import committed
 from accel_trainer.data import Split
 from accel_trainer.labels import UNLABELLED
 from accel_trainer.recipe import DatasetSection, Recipe
+from accel_trainer.writing import committed
 
 
 def probabilities(logits: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float64]:
@@ -23,6 +24,17 @@ def probabilities(logits: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float
     shifted = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
     result: npt.NDArray[np.float64] = shifted / shifted.sum(axis=-1, keepdims=True)
     return result
+
+
+def predictions(logits: npt.NDArray[np.float32], label_names: list[str]) -> list[dict[str, Any]]:
+    """The predicted label's name and every label's probability, for each row of logits (rows, num_labels)."""
+    return [
+        {
+            "prediction": label_names[int(row.argmax())],
+            "probabilities": {name: float(share) for name, share in zip(label_names, row, strict=True)},
+        }
+        for row in probabilities(logits)
+    ]
 
 
 def prediction_rows(
@@ -36,7 +48,7 @@ def prediction_rows(
         logits: (rows, num_labels).
         label_names: names by class id.
     """
-    shares = probabilities(logits)
+    shown = predictions(logits, label_names)
     row = 0
     for texts, pairs in split.rows.texts(section):
         for i, text in enumerate(texts):
@@ -46,14 +58,18 @@ def prediction_rows(
                 "text": text,
                 **({"text_pair": pairs[i]} if pairs else {}),
                 "label": None if label == UNLABELLED else label_names[label],
-                "prediction": label_names[int(logits[row].argmax())],
-                "probabilities": {name: float(share) for name, share in zip(label_names, shares[row], strict=True)},
+                **shown[row],
             }
             row += 1
 
 
 def save_model(
-    folder: Path, model: PreTrainedModel, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, card: str
+    folder: Path,
+    model: PreTrainedModel,
+    weights: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    card: str,
+    step: int,
 ) -> None:
     """Write a folder that `transformers.pipeline("text-classification", folder)` loads.
 
@@ -64,11 +80,10 @@ def save_model(
         model.save_pretrained(writing, state_dict=weights)
         tokenizer.save_pretrained(writing)
         (writing / "README.md").write_text(card, encoding="utf-8")
+        (writing / "training.json").write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
 
 
-def model_card(
-    recipe: Recipe, label_names: list[str], step: int, scores: dict[str, dict[str, float]], languages: str = ""
-) -> str:
+def model_card(recipe: Recipe, label_names: list[str], step: int, scores: dict[str, dict[str, float]]) -> str:
     """Model card: front matter that model hubs read, what the model does, its scores, how to use it, how it was made.
 
     Args:
@@ -76,7 +91,6 @@ def model_card(
         label_names: names by class id.
         step: optimizer steps that the weights have seen.
         scores: split → metric → value; may be empty.
-        languages: one line on the data's languages, where known.
     """
     base = recipe.model.checkpoint
     public = base is not None and not Path(base).is_absolute()
@@ -96,7 +110,7 @@ def model_card(
         "",
         f"# {recipe.description or 'Text classifier'}",
         "",
-        f"Gives a text one of {len(label_names)} labels: {', '.join(label_names)}. {languages}".rstrip(),
+        f"Gives a text one of {len(label_names)} labels: {', '.join(label_names)}.",
         "",
         f"Made from {f'`{base}`' if public else 'a new encoder' if base is None else 'a local checkpoint'} on `{named}`, "
         f"{step} optimizer steps of {recipe.training.global_batch_size} examples. The recipe that repeats it is "

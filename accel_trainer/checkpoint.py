@@ -1,25 +1,20 @@
-"""Folders that exist only when complete, and the checkpoints made of them.
+"""Checkpoints: all that a run needs to go on, in a folder that exists only when it is complete.
 
     checkpoints/checkpoint-250/
       model.safetensors        weights by name
       optimizer.safetensors    optimizer state, "<parameter> <entry>" → tensor
-      trainer_state.json       step, schedule, scaler, best metric, what the run was started with
+      trainer_state.json       step, scaler, best metric, token budget, the mathematics of the run
       manifest.json            size and SHA-256 of every file above
 
-A folder is written beside its place, hashed, flushed to disk and renamed; older ones go afterwards. Tensors are
-safetensors, the rest is JSON: nothing is ever unpickled. No random state is stored, because none is needed: the order of
-the examples and the dropout masks are functions of the step.
+Tensors are safetensors, the rest is JSON: nothing is ever unpickled. No random state is stored, because none is needed:
+the order of the examples is a function of the step, the learning rate too, and torch is seeded anew for each step.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,90 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from accel_trainer.errors import RunFolderError
+from accel_trainer.writing import committed, damage
 
-MANIFEST = "manifest.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-
-
-@contextmanager
-def committed(final: Path) -> Iterator[Path]:
-    """A new folder to fill, which takes the place of `final` when the block ends, whole, or not at all.
-
-    Raises:
-        RunFolderError: there is no space, or no permission to write; `final` stays as it was.
-    """
-    temporary, aside = final.with_name(f".{final.name}.writing"), final.with_name(f".{final.name}.old")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        _write_manifest(temporary)
-        shutil.rmtree(aside, ignore_errors=True)
-        if final.exists():
-            final.rename(aside)
-        temporary.rename(final)
-        _flush(final.parent)
-    except OSError as error:
-        raise RunFolderError(
-            f"cannot write {final}: {error.strerror or error}; what was saved before is kept. Make space or choose another "
-            "--output_dir, then continue with --resume"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        with suppress(OSError):  # the next start tries again
-            restore_interrupted(final)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def restore_interrupted(final: Path) -> None:
-    """Put back what a process that died between `committed`'s two renames had laid aside."""
-    aside = final.with_name(f".{final.name}.old")
-    if aside.exists() and not final.exists():
-        aside.rename(final)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Force a file, or the names in a folder, to disk; where the platform cannot open folders, the rename must do."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except PermissionError:
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_manifest(folder: Path) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    entries = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
-    (folder / MANIFEST).write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
-    for path in [*files, folder / MANIFEST, folder]:
-        _flush(path)
-
-
-def damage(folder: Path) -> str | None:
-    """What is wrong with a committed folder, found before anything of it is used; None if it is sound."""
-    try:
-        entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if not entries.items():
-            return f"{MANIFEST} names no files"
-        for name, entry in entries.items():
-            path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != entry["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-            if _sha256(path) != entry["sha256"]:
-                return f"{name} has other contents than its manifest says"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} cannot be read ({type(error).__name__})"
-    return None
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -139,7 +53,22 @@ def rotate(folder: Path, keep: int | None, newest: int) -> None:
     """
     if keep is not None:
         for _, path in [entry for entry in checkpoints(folder) if entry[0] <= newest][:-keep]:
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)  # what is left of it has no manifest to pass for sound
+
+
+def abandon_later(folder: Path, step: int) -> None:
+    """Take the checkpoints after `step` out of the way of the run that goes on from there; they are kept, renamed."""
+    for later, path in checkpoints(folder):
+        if later > step:
+            abandoned = path.with_name(f"abandoned-{path.name}")
+            shutil.rmtree(abandoned, ignore_errors=True)
+            path.rename(abandoned)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left half written."""
+    for path in folder.glob(".*.writing"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def save_checkpoint(

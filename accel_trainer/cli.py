@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,7 +80,12 @@ def evaluate(arguments: argparse.Namespace) -> int:
         trust_remote_code=arguments.trust_remote_code,
     )
     scores, table = evaluate_file(
-        classifier, Path(arguments.input), arguments.text_column, arguments.label_column, arguments.text_pair_column
+        classifier,
+        Path(arguments.input),
+        arguments.text_column,
+        arguments.label_column,
+        arguments.text_pair_column,
+        trust_remote_code=arguments.trust_remote_code,
     )
     print(table)
     plain = {name: value for name, value in scores.items() if isinstance(value, float)}
@@ -125,20 +131,15 @@ def _add_model(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("model", metavar="RUN_OR_MODEL", help="folder of a run or of a model, or a Hub id")
     verb.add_argument("--text_column", help="column of the text (default: the recipe's)")
     verb.add_argument("--text_pair_column", help="column of the second text (default: the recipe's)")
-    verb.add_argument("--max_tokens_per_device", type=_positive, metavar="N", help="tokens at once, padding included")
+    verb.add_argument("--max_tokens_per_device", type=int, metavar="N", help="tokens at once, padding included")
     verb.add_argument("--trust_remote_code", action="store_true", help="run code that the model's repository holds")
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; the exit code is 0, or 2 for the user's mistake, 1 for anything else."""
     arguments = _parser().parse_args(argv)
+    logging.basicConfig(format="%(message)s")  # to stderr
+    logging.getLogger("accel_trainer").setLevel(logging.INFO)
     try:
         code: int = arguments.run(arguments)
     except AccelTrainerError as error:

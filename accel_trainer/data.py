@@ -30,9 +30,6 @@ from accel_trainer.sources import Source, Table, read_source
 from accel_trainer.splits import parse_slices
 from accel_trainer.tokenization import Tokens, cached_tokens
 
-# Draws need a seed even where the recipe keeps the file's order. Not `training.seed`: repeating a run with another one
-# must not exchange its test rows.
-DEFAULT_DRAW_SEED = 42
 SMALLEST_JUDGED_SPLIT = 20  # in fewer rows than this, a single class is bad luck rather than a mistake
 
 
@@ -56,7 +53,7 @@ class Rows:
 
     def texts(self, section: DatasetSection, batch_size: int = 1000) -> Iterator[tuple[list[str], list[str] | None]]:
         """Texts and second texts in batches, in order."""
-        columns = [section.text_column] + ([section.text_pair_column] if section.text_pair_column else [])
+        columns = section.text_columns
         for batch in self.table.select_columns(columns).iter(batch_size):
             yield batch[section.text_column], batch[section.text_pair_column] if section.text_pair_column else None
 
@@ -196,8 +193,7 @@ def _draw_roles(section: DatasetSection, source: Source) -> dict[str, tuple[Tabl
     names = _label_names(section, {"train": (table, np.arange(n))})
     values = _label_cells(section, "train", table, np.arange(n), names)
     labels, _ = label_ids(values, names, _mapping(section), table.place)
-    seed = DEFAULT_DRAW_SEED if section.shuffle_seed is None else section.shuffle_seed
-    drawn = order.stratified(labels, seed)
+    drawn = order.stratified(labels, section.draw_seed)
     roles = {}
     for role, start, stop in zip(sizes, bounds, bounds[1:], strict=False):
         if start == stop:
@@ -213,8 +209,7 @@ def _capped(section: DatasetSection, role: str, rows: order.Rows) -> order.Rows:
         "test": section.max_predict_samples,
     }
     cap = caps[role]
-    seed = DEFAULT_DRAW_SEED if section.shuffle_seed is None else section.shuffle_seed
-    return rows if cap is None else rows[order.subset(len(rows), cap, seed)]
+    return rows if cap is None else rows[order.subset(len(rows), cap, section.draw_seed)]
 
 
 def _mapping(section: DatasetSection) -> dict[str, str] | None:
@@ -392,10 +387,10 @@ def _check_locked(section: DatasetSection, roles: dict[str, Rows]) -> None:
 
 
 def tokenise(rows: Rows, section: DatasetSection, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Split:
-    """Tokenise one role, once for all runs that share its texts, tokenizer and maximum length.
+    """Tokenise one role, once for all runs that share its rows, tokenizer and maximum length.
 
     Raises:
         DataError: the cache folder cannot be written.
     """
-    columns = [section.text_column] + ([section.text_pair_column] if section.text_pair_column else [])
+    columns = section.text_columns
     return Split(rows, cached_tokens(rows.table.select_columns(columns), rows.sha256, tokenizer, max_length))

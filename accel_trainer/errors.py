@@ -8,7 +8,7 @@
     │   ├── HardwareError           the accelerate config or the launch
     │   └── RunFolderError          the output folder, or a checkpoint in it
     ├── TrainingFailed              the run cannot go on (a loss that is not finite, …)
-    └── Interrupted                 exit code 75: a signal came, a checkpoint was saved
+    └── Interrupted                 exit code 75: a signal came; --resume goes on from what was saved
 
 Users' mistakes raise these; broken invariants of our own assert.
 """
@@ -89,6 +89,6 @@ class TrainingFailed(AccelTrainerError):
 
 
 class Interrupted(AccelTrainerError):
-    """A signal asked the run to stop; a checkpoint was saved first."""
+    """A signal asked the run to stop; if steps had been taken, a checkpoint was saved first."""
 
     exit_code = EXIT_INTERRUPTED

@@ -8,12 +8,13 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, gather_object
 
 from accel_trainer.batching import token_budget
@@ -24,10 +25,6 @@ REFUSED = {
     DistributedType.DEEPSPEED: "DeepSpeed owns the optimizer step and pickles its checkpoints; use FSDP instead",
     DistributedType.MEGATRON_LM: "Megatron-LM owns the training loop; use FSDP instead",
 }
-
-
-def _any_accelerator() -> bool:
-    return torch.accelerator.is_available()
 
 
 def start_accelerator(report_to: Sequence[str] = (), project_dir: str | Path | None = None) -> Accelerator:
@@ -42,12 +39,16 @@ def start_accelerator(report_to: Sequence[str] = (), project_dir: str | Path | N
     try:
         accelerator = Accelerator(
             # Processes started on a machine without an accelerator must be told so, or each believes itself alone.
-            cpu=True if world_size > 1 and not _any_accelerator() else None,
+            cpu=True if world_size > 1 and not torch.accelerator.is_available() else None,
             # Explicit, because ACCELERATE_GRADIENT_ACCUMULATION_STEPS would override a plain argument and every
             # backward pass would be divided by it: accumulation is this program's own arithmetic.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             step_scheduler_with_optimizer=False,
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+                # One process of each machine tokenises first; the others wait for it that long.
+                InitProcessGroupKwargs(timeout=timedelta(minutes=30)),
+            ],
             log_with=list(report_to) or None,
             project_dir=project_dir,
         )
@@ -80,7 +81,13 @@ def smallest_memory(accelerator: Accelerator) -> int | None:
 
 
 def tokens_per_device(accelerator: Accelerator, given: int | None) -> int:
-    """Token budget of a micro-batch, the same on every rank: the command line's, or derived from the device."""
+    """Token budget of a micro-batch, the same on every rank: the command line's, or derived from the device.
+
+    Raises:
+        UserError: the command line's is not positive.
+    """
+    if given is not None and given < 1:
+        raise UserError(f"--max_tokens_per_device {given}: give a positive number of tokens")
     return given or token_budget(accelerator.device.type, smallest_memory(accelerator))
 
 
@@ -133,10 +140,12 @@ def git_commit(folder: Path) -> str | None:
         return None
 
     def git(*arguments: str) -> str | None:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=False
-        )
-        return done.stdout.strip() if done.returncode == 0 else None
+        try:
+            command = ["git", "-C", str(folder), *arguments]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        except (OSError, subprocess.SubprocessError):  # no checkout, or one too slow to wait for
+            return None
+        return done.stdout.strip()
 
     commit = git("rev-parse", "HEAD")
     return f"{commit}+changes" if commit and git("status", "--porcelain", "--untracked-files=no") else commit

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,9 @@ from accel_trainer.errors import UserError
 from accel_trainer.model import build_model, checkpoint_commit, load_config, weights_sha256
 from accel_trainer.recipe import Recipe
 from accel_trainer.tokenization import load_tokenizer, longest_input, tokenizer_sha256
+
+# Entries of a model's config that no step depends on.
+NOT_MATHEMATICS = frozenset({"_name_or_path", "architectures", "transformers_version", "dtype", "id2label", "label2id"})
 
 
 @dataclass(frozen=True)
@@ -40,11 +45,12 @@ def read_inputs_together(accelerator: Accelerator, recipe: Recipe, *, trust_remo
     """
     with hardware.together(accelerator), hardware.first_process_first(accelerator):
         inputs = read_inputs(recipe, trust_remote_code=trust_remote_code)
-    hashes = gather_object([inputs.initial_sha256])
+    facts = json.dumps([inputs.initial_sha256, mathematics(inputs)], sort_keys=True)
+    hashes = gather_object([hashlib.sha256(facts.encode()).hexdigest()])
     if len(set(hashes)) > 1:
         raise UserError(
-            f"the processes made different initial weights ({', '.join(h[:12] for h in hashes)}); "
-            "give every machine the same checkpoint and the same versions of torch and transformers"
+            f"the processes read different data or made different initial weights ({', '.join(h[:12] for h in hashes)}); "
+            "give every machine the same files, the same checkpoint and the same versions of torch and transformers"
         )
     return inputs
 
@@ -63,6 +69,11 @@ def read_inputs(recipe: Recipe, *, trust_remote_code: bool = False) -> Inputs:
     check_metrics(recipe, loaded, len(data.label_names))
     tokenizer = load_tokenizer(recipe.model, training_texts, trust_remote_code=trust_remote_code)
     config = load_config(recipe.model, data.label_names, tokenizer, trust_remote_code=trust_remote_code)
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"model.tokenizer: it has {len(tokenizer)} tokens, but the model has embeddings for {config.vocab_size}; use the "
+            "checkpoint's own tokenizer"
+        )
     max_length = longest_input(recipe.dataset.max_length, tokenizer, config)
     tokenizer.model_max_length = max_length  # travels with the model, so that pipelines cut where training did
     splits = {role: tokenise(rows, recipe.dataset, tokenizer, max_length) for role, rows in data.roles.items()}
@@ -127,20 +138,27 @@ def mathematics(inputs: Inputs) -> dict[str, Any]:
         del recipe["dataset"][key]  # what was read is compared, by its hash
     for key in ("checkpoint", "revision", "tokenizer"):
         del recipe["model"][key]
+    config = json.loads(inputs.model.config.to_json_string(use_diff=True))
     return {
         **{section: recipe[section] for section in ("dataset", "model", "training", "evaluation")},
         "data": {role: split.rows.sha256 for role, split in inputs.splits.items()},
         "labels": inputs.label_names,
         "tokenizer": tokenizer_sha256(inputs.tokenizer),
+        "config": {key: value for key, value in config.items() if key not in NOT_MATHEMATICS},
     }
 
 
-def differences(before: Any, now: Any, key: str = "") -> list[tuple[str, Any, Any]]:
-    """Dotted keys whose values differ between two nested dictionaries, with both values."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        return [
-            entry
-            for name in sorted({*before, *now})
-            for entry in differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)
-        ]
-    return [] if before == now else [(key, before, now)]
+def flat(values: dict[str, Any], key: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, under dotted keys."""
+    pairs = ((f"{key}.{name}" if key else name, value) for name, value in values.items())
+    return {
+        dotted: leaf
+        for place, value in pairs
+        for dotted, leaf in (flat(value, place) if isinstance(value, dict) and value else {place: value}).items()
+    }
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Dotted keys whose values differ between two nested dictionaries, with both values; None where one has none."""
+    old, new = flat(before), flat(now)
+    return [(key, old.get(key), new.get(key)) for key in sorted({*old, *new}) if old.get(key) != new.get(key)]

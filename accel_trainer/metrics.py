@@ -48,6 +48,7 @@ class DetailedReport(TypedDict):
     """What JSON can hold of an evaluation: the classes in the order of their ids, c × c counts of rows."""
 
     per_class: dict[str, ClassScores]
+    averages: dict[str, ClassScores]  # macro, micro, weighted
     confusion_matrix: list[list[int]]  # [true][predicted]
 
 
@@ -370,7 +371,14 @@ def detailed_report(logits: Logits, labels: ClassIds, label_names: Sequence[str]
         for name, precision, recall, f1, support in zip(label_names, *columns, strict=True)
     }
     matrix = sklearn.metrics.confusion_matrix(labels, predictions, labels=ids)
-    return DetailedReport(per_class=per_class, confusion_matrix=matrix.tolist())
+    classes, right = list(per_class.values()), int(matrix.trace())
+    micro = right / len(labels)  # of one label each: precision, recall and f1 are then the accuracy
+    averages = {
+        "macro": _mean_scores(classes, [1] * len(classes), len(labels)),
+        "micro": ClassScores(precision=micro, recall=micro, f1=micro, support=len(labels)),
+        "weighted": _mean_scores(classes, [scores["support"] for scores in classes], len(labels)),
+    }
+    return DetailedReport(per_class=per_class, averages=averages, confusion_matrix=matrix.tolist())
 
 
 def classification_report(report: DetailedReport) -> str:
@@ -380,9 +388,7 @@ def classification_report(report: DetailedReport) -> str:
     weighted the mean by true rows, accuracy the diagonal ÷ all rows.
     """
     per_class, matrix = report["per_class"], report["confusion_matrix"]
-    classes = list(per_class.values())
-    rows = sum(scores["support"] for scores in classes)
-    right = sum(counts[label] for label, counts in enumerate(matrix))
+    averages = report["averages"]
 
     def score_row(title: str, scores: ClassScores) -> list[str]:
         numbers = (scores["precision"], scores["recall"], scores["f1"])
@@ -391,12 +397,12 @@ def classification_report(report: DetailedReport) -> str:
     scores = [
         ["", "precision", "recall", "f1", "support"],
         *(score_row(name, scores) for name, scores in per_class.items()),
-        score_row("macro", _mean_scores(classes, [1] * len(classes), rows)),
-        score_row("weighted", _mean_scores(classes, [scores["support"] for scores in classes], rows)),
-        ["accuracy", "", "", f"{right / rows:.4f}", str(rows)],
+        score_row("macro", averages["macro"]),
+        score_row("weighted", averages["weighted"]),
+        ["accuracy", "", "", f"{averages['micro']['f1']:.4f}", str(averages["micro"]["support"])],
     ]
     confusion = [
-        ["", *(str(label) for label in range(len(classes)))],
+        ["", *(str(label) for label in range(len(per_class)))],
         *([f"{label} {name}", *map(str, matrix[label])] for label, name in enumerate(per_class)),
     ]
     return f"{_aligned(scores)}\n\nconfusion matrix: rows true, columns predicted\n{_aligned(confusion)}"

@@ -147,9 +147,14 @@ def encoder_layers(model: PreTrainedModel) -> nn.ModuleList | None:
 
 
 def _embeddings(model: PreTrainedModel) -> list[nn.Module]:
-    base = model.base_model
-    projection = getattr(base, "embeddings_project", None)  # ELECTRA's, from narrow embeddings to the layers' width
-    return [module for module in (base.embeddings, projection) if isinstance(module, nn.Module)]
+    # embeddings_project: ELECTRA's, from narrow embeddings to the layers' width
+    found = [getattr(model.base_model, name, None) for name in ("embeddings", "embeddings_project")]
+    modules = [module for module in found if isinstance(module, nn.Module)]
+    if not modules:
+        raise UserError(
+            f"model: {model.config.model_type} keeps its embeddings elsewhere; it cannot be frozen by layers"
+        )
+    return modules
 
 
 def layer_depths(model: PreTrainedModel) -> dict[str, int]:

@@ -69,8 +69,8 @@ class TrainingPlan:
         return whole + min(1.0, rest * self.global_batch_size / self.num_examples)
 
     def logs_at(self, step: int) -> bool:
-        """Whether the moment after update `step` is logged."""
-        return step % self.logging_steps == 0
+        """Whether the moment after update `step` is logged; after the last it is."""
+        return step == self.total_steps or step % self.logging_steps == 0
 
     def evaluates_at(self, step: int) -> bool:
         """Whether the validation split is evaluated after update `step`; after the last it is."""

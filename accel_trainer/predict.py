@@ -13,7 +13,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,14 +27,15 @@ from accelerate import Accelerator
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from accel_trainer import hardware, metrics
-from accel_trainer.artifacts import probabilities
+from accel_trainer.artifacts import predictions
 from accel_trainer.data import rows_of_role
 from accel_trainer.errors import CannotLoad, DataError, UserError
 from accel_trainer.evaluation import Logits, predict_logits
 from accel_trainer.recipe import DatasetSection, EvaluationSection, Recipe, SplitsSection
 from accel_trainer.sources import Table, read_files
 from accel_trainer.tokenization import longest_input, tokens_of_texts
-from accel_trainer.tracking import quieten_libraries
+from accel_trainer.tracking import logger, quieten_libraries
+from accel_trainer.writing import replaced
 
 ROWS_AT_ONCE = 10_000  # rows in memory; enough for micro-batches of similar length, little enough for long texts
 
@@ -74,7 +75,12 @@ def load_classifier(
     recipe = None
     if folder.is_dir() and (run / "recipe.yaml").is_file() and (run / "run.json").is_file():
         # As it stands, without looking for the files it was trained on: they may be elsewhere by now.
-        recipe = Recipe.model_validate(yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8")))
+        try:
+            recipe = Recipe.model_validate(yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8")))
+        except (ValueError, yaml.YAMLError):
+            logger.warning(
+                "%s: not a recipe of this version; columns and metrics are the usual ones", run / "recipe.yaml"
+            )
     try:
         model = AutoModelForSequenceClassification.from_pretrained(
             name, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
@@ -96,18 +102,7 @@ def load_classifier(
 
 def predict_texts(classifier: Classifier, texts: list[str], pairs: list[str] | None = None) -> list[dict[str, Any]]:
     """Prediction and probabilities of each text, in order."""
-    return _records(classifier, classifier.logits(texts, pairs))
-
-
-def _records(classifier: Classifier, logits: Logits) -> list[dict[str, Any]]:
-    names = classifier.label_names
-    return [
-        {
-            "prediction": names[int(row.argmax())],
-            "probabilities": {name: float(share) for name, share in zip(names, row, strict=True)},
-        }
-        for row in probabilities(logits)
-    ]
+    return predictions(classifier.logits(texts, pairs), classifier.label_names)
 
 
 def predict_file(
@@ -130,12 +125,13 @@ def predict_file(
     """
     table = read_files([source])
     columns = _text_columns(classifier, table, text_column, text_pair_column)
-    carried = [name for name in table.data.column_names if name not in ("prediction", "probabilities")]
+    added = {"prediction", "probabilities", *(f"probability_{name}" for name in classifier.label_names)}
+    carried = [name for name in table.data.column_names if name not in added]  # a labelled file may be labelled again
     with open_writer(target, classifier.label_names, table.data.features.arrow_schema, carried) as writer:
         for start in range(0, len(table.data), ROWS_AT_ONCE):
             chunk = table.data[start : start + ROWS_AT_ONCE]
             texts = [_checked(chunk[column], column, table, start) for column in columns]
-            records = _records(classifier, classifier.logits(*texts))
+            records = predictions(classifier.logits(*texts), classifier.label_names)
             writer.write([{**{name: chunk[name][i] for name in carried}, **record} for i, record in enumerate(records)])
     return len(table.data)
 
@@ -192,14 +188,11 @@ class _Csv:
 
 
 class _Parquet:
-    def __init__(self, file: Any, schema: pa.Schema) -> None:
-        self._schema, self._writer = schema, pyarrow.parquet.ParquetWriter(file, schema)
+    def __init__(self, writer: pyarrow.parquet.ParquetWriter) -> None:
+        self._writer = writer
 
     def write(self, records: Sequence[dict[str, Any]]) -> None:
-        self._writer.write_table(pa.Table.from_pylist(list(records), schema=self._schema))
-
-    def close(self) -> None:
-        self._writer.close()
+        self._writer.write_table(pa.Table.from_pylist(list(records), schema=self._writer.schema))
 
 
 @contextmanager
@@ -218,29 +211,20 @@ def open_writer(target: Path, label_names: list[str], schema: pa.Schema, carried
     suffix = target.suffix.lower()
     if suffix not in (".csv", ".tsv", ".jsonl", ".parquet"):
         raise UserError(f"--output {target}: unknown kind of file {suffix!r}; end it in .csv, .tsv, .jsonl or .parquet")
-    temporary = target.with_name(f".{target.name}.writing")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if suffix == ".parquet":
-            added = [
-                ("prediction", pa.string()),
-                ("probabilities", pa.struct([(name, pa.float64()) for name in label_names])),
-            ]
-            columns = pa.schema([*(schema.field(name) for name in carried), *(pa.field(*field) for field in added)])
-            with temporary.open("wb") as binary:
-                parquet = _Parquet(binary, columns)
-                yield parquet
-                parquet.close()
-        else:
-            with temporary.open("w", encoding="utf-8", newline="" if suffix != ".jsonl" else None) as file:
-                names = [*carried, "prediction", *(f"probability_{name}" for name in label_names)]
-                yield _Jsonl(file) if suffix == ".jsonl" else _Csv(file, "," if suffix == ".csv" else "\t", names)
-        temporary.replace(target)
+        with replaced(target) as writing:
+            if suffix == ".parquet":
+                shares = pa.struct([(name, pa.float64()) for name in label_names])
+                added = [pa.field("prediction", pa.string()), pa.field("probabilities", shares)]
+                columns = pa.schema([*(schema.field(name) for name in carried), *added])
+                with pyarrow.parquet.ParquetWriter(writing, columns) as parquet:
+                    yield _Parquet(parquet)
+            else:
+                with writing.open("w", encoding="utf-8", newline="" if suffix != ".jsonl" else None) as file:
+                    names = [*carried, "prediction", *(f"probability_{name}" for name in label_names)]
+                    yield _Jsonl(file) if suffix == ".jsonl" else _Csv(file, "," if suffix == ".csv" else "\t", names)
     except OSError as error:
         raise UserError(f"--output {target}: {error.strerror or error}; make space, or write elsewhere") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def evaluate_file(
@@ -249,6 +233,8 @@ def evaluate_file(
     text_column: str | None = None,
     label_column: str | None = None,
     text_pair_column: str | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> tuple[dict[str, Any], str]:
     """The recipe's metrics on the labelled rows of a file.
 
@@ -276,7 +262,7 @@ def evaluate_file(
     if not rows.is_labelled:
         raise DataError(f"{source}: rows without a label cannot be scored; label them, or use predict")
     logits = np.concatenate([classifier.logits(texts, pairs) for texts, pairs in rows.texts(section, ROWS_AT_ONCE)])
-    loaded = metrics.load_metrics(settings.metrics)
+    loaded = metrics.load_metrics(settings.metrics, allow_remote_code=trust_remote_code)
     scores = metrics.compute_metrics(loaded, logits, rows.labels, average=settings.average)
     details = metrics.detailed_report(logits, rows.labels, classifier.label_names)
     return {**scores, **details}, metrics.classification_report(details)

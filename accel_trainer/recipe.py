@@ -145,6 +145,19 @@ class DatasetSection(Section):
         None, description="Role → SHA-256 of its texts and labels, in order. Other rows are refused."
     )
 
+    @property
+    def text_columns(self) -> list[str]:
+        """The column of the texts and, for pairs, that of the second texts."""
+        return [self.text_column] + ([self.text_pair_column] if self.text_pair_column else [])
+
+    @property
+    def draw_seed(self) -> int:
+        """Seed of the draws: `shuffle_seed`, or 42 where the file's order is kept.
+
+        Not `training.seed`: repeating a run with another one must not exchange its test rows.
+        """
+        return 42 if self.shuffle_seed is None else self.shuffle_seed
+
     def label_names(self) -> list[str] | None:
         """Distinct label names in the order of their ids, where the recipe gives them."""
         names = self.labels.values() if isinstance(self.labels, dict) else self.labels
@@ -272,11 +285,17 @@ class TrainingSection(Section):
         if self.max_steps is not None and self.warmup_steps > self.max_steps:
             longer = f"the warm-up is longer than max_steps, {self.max_steps}"
             yield Broken("warmup_steps", longer, "shorten it", ("max_steps",))
+        if self.lr_scheduler_type == "constant" and self.warmup_steps > 0:
+            remedy = "use constant_with_warmup, or set warmup_steps to 0"
+            yield Broken("warmup_steps", "the schedule constant has no warm-up", remedy, ("lr_scheduler_type",))
         schedule, allowed = self.lr_scheduler_type, SCHEDULER_KWARGS[self.lr_scheduler_type]
         also = ("lr_scheduler_type",)
         for name in sorted(set(self.lr_scheduler_kwargs) - allowed):
             choice = f"it takes {', '.join(sorted(allowed))}" if allowed else "it takes no argument"
             yield Broken("lr_scheduler_kwargs", f"{schedule} does not know {name}", choice, also)
+        for name, value in self.lr_scheduler_kwargs.items():
+            if name in allowed and isinstance(value, str) and not name.endswith("_type"):
+                yield Broken("lr_scheduler_kwargs", f"{name}: {value!r} is not a number", "give a number", also)
         if schedule == "warmup_stable_decay" and "num_decay_steps" not in self.lr_scheduler_kwargs:
             yield Broken("lr_scheduler_kwargs", f"{schedule} needs num_decay_steps", "add num_decay_steps: N", also)
         if schedule == "cosine_with_min_lr" and not {"min_lr", "min_lr_rate"} & set(self.lr_scheduler_kwargs):
@@ -323,7 +342,9 @@ class EvaluationSection(Section):
         if len(set(self.metrics)) < len(self.metrics):
             yield Broken("metrics", "a metric is named twice", "name each once")
         produced = ["loss", *self.metrics]
-        if self.best_metric not in produced:
+        # A metric from elsewhere may produce several numbers, called name_key; the trainer sees before its first step.
+        foreign = tuple(f"{name}_" for name in self.metrics if name not in SHIPPED_METRICS)
+        if self.best_metric not in produced and not (foreign and self.best_metric.startswith(foreign)):
             remedy = f"choose from {', '.join(produced)}, or add it to metrics"
             yield Broken("metric_for_best_model", f"{self.best_metric} is not produced", remedy, ("metrics",))
         if self.early_stopping_patience is not None and self.eval_strategy == "no":

@@ -29,7 +29,7 @@ def respell(draft: Draft) -> dict[Keys, Keys]:
                     moved[keys] = new
             else:
                 _report_unknown(draft, section, name)
-    for key in TRANSLATED.keys() | ANSWERED_VALUES.keys():
+    for key in {**TRANSLATED, **ANSWERED_VALUES}:
         _translate(draft, key)
     return moved
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -9,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from torch import nn
+from accelerate.utils import gather_object
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from accel_trainer import artifacts, checkpoint, hardware
 from accel_trainer.errors import RunFolderError, UserError
-from accel_trainer.inputs import Inputs, differences, mathematics
+from accel_trainer.inputs import Inputs, differences, flat, mathematics
 from accel_trainer.model import count_parameters
 from accel_trainer.optim import (
     build_optimizer,
@@ -47,6 +49,27 @@ class TrainerState:
     stopped_early: bool = False
     overflows: int = 0  # fp16 only: steps repeated with a smaller scale
     seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "evaluate": 0.0, "save": 0.0})
+
+    def add(self, done: StepStatistics) -> None:
+        """Count a step that was taken; its loss is added when it is read from the device."""
+        self.step += 1
+        self.tokens += done.tokens
+        self.positions += done.positions
+        self.padded_positions += done.padded_positions
+        self.examples += done.examples
+
+
+@dataclass(frozen=True)
+class StepStatistics:
+    """What one optimizer step computed."""
+
+    loss_sum: Tensor  # scalar, plain sum of this process's example losses
+    grad_norm: Tensor  # scalar, of the whole global batch, before clipping
+    examples: int  # of the global batch
+    tokens: int  # real tokens of the global batch
+    positions: int  # real and padding tokens computed for it, fillers left out
+    padded_positions: int  # examples × the longest of them
+    learning_rate: float  # that the update used; of the head, where layers learn at rates of their own
 
 
 @dataclass
@@ -91,8 +114,8 @@ def prepare(
     scheduler = build_scheduler(optimizer, recipe.training, plan)
     model, prepared = accelerator.prepare(inputs.model, optimizer)
     if recipe.tracking.report_to:
-        flat = {key: str(value) for key, _, value in differences({}, recipe.model_dump(mode="json"))}
-        accelerator.init_trackers(recipe.tracking.project_name, config=flat)
+        settings = {key: str(value) for key, value in flat(recipe.model_dump(mode="json")).items()}
+        accelerator.init_trackers(recipe.tracking.project_name, config=settings)
     return Run(
         accelerator=accelerator,
         inputs=inputs,
@@ -163,12 +186,41 @@ def record(run: Run, line: dict[str, Any]) -> None:
     run.accelerator.log(values, step=line["step"])
 
 
-def write_model(run: Run, folder: Path, scores: dict[str, dict[str, float]]) -> None:
-    """Write the current weights as a folder that transformers loads. Collective: every process must call it."""
+def write_model(run: Run, folder: Path, scores: dict[str, dict[str, float]], step: int) -> None:
+    """Write the current weights, those of `step`, as a folder that transformers loads. Collective."""
     weights = run.accelerator.get_state_dict(run.model)
     if run.is_main:
-        card = artifacts.model_card(run.inputs.recipe, run.inputs.label_names, run.state.step, scores)
-        artifacts.save_model(folder, run.inputs.model, weights, run.inputs.tokenizer, card)
+        card = artifacts.model_card(run.inputs.recipe, run.inputs.label_names, step, scores)
+        artifacts.save_model(folder, run.inputs.model, weights, run.inputs.tokenizer, card, step)
+    run.accelerator.wait_for_everyone()  # nobody reads it before it is whole
+
+
+def write_best(run: Run, scores: dict[str, float]) -> None:
+    """Keep the current weights as the best so far. Collective: every process must call it.
+
+    Those that the last checkpoint calls best stay beside them until the next checkpoint is written: a run that is killed
+    in between goes on from the last one, and must find what it remembers.
+    """
+    if run.is_main and run.folder.best.exists() and not run.folder.best_before.exists():
+        run.folder.best.rename(run.folder.best_before)
+    write_model(run, run.folder.best, {"validation": scores}, run.state.step)
+
+
+def settle_best(run: Run) -> None:
+    """After a restore, let `best/` hold the weights that the state calls best; if they are gone, forget them and say so."""
+    folder, wanted = run.folder, run.state.best_step
+    if run.is_main and folder.weights_step(folder.best) != wanted:
+        shutil.rmtree(folder.best, ignore_errors=True)  # of steps that are about to be taken again
+        if wanted is not None and folder.weights_step(folder.best_before) == wanted:
+            folder.best_before.rename(folder.best)
+    run.accelerator.wait_for_everyone()
+    if wanted is not None and folder.weights_step(folder.best) != wanted:
+        logger.warning(
+            "the best weights so far, of step %d, are no longer in %s: the best from here on are kept",
+            wanted,
+            folder.best,
+        )
+        run.state.best_metric = run.state.best_step = None
 
 
 def save(run: Run) -> None:
@@ -192,6 +244,7 @@ def save(run: Run) -> None:
                 "max_tokens_per_device": run.max_tokens,
             },
         )
+        shutil.rmtree(run.folder.best_before, ignore_errors=True)
         checkpoint.rotate(run.folder.checkpoints, run.inputs.recipe.saving.save_total_limit, run.state.step)
         run.folder.set_status("running", run.state.step)
     run.accelerator.wait_for_everyone()
@@ -228,16 +281,8 @@ def restore(run: Run, path: Path, allow_changed: Sequence[str], *, keep_token_bu
     if run.accelerator.scaler is not None and saved["scaler"] is not None:
         run.accelerator.scaler.load_state_dict(saved["scaler"])
     run.state = TrainerState(**saved["state"])
-    if run.state.best_step is not None and checkpoint.damage(run.folder.best) is not None:
-        # A checkpoint of another folder, or best/ was removed: said now, and not when all steps are done.
-        logger.warning(
-            "the best weights so far, of step %d, are not in %s: the best from here on are kept",
-            run.state.best_step,
-            run.folder.best,
-        )
-        run.state.best_metric = run.state.best_step = None
-    if keep_token_budget:  # the same micro-batches add up in the same order, to the same bits
-        run.max_tokens = saved["max_tokens_per_device"]
+    if keep_token_budget:  # the same micro-batches add up in the same order, to the same bits; but a smaller device
+        run.max_tokens = min(run.max_tokens, saved["max_tokens_per_device"])  # must not take a larger one's
 
 
 def continue_run(run: Run, path: Path | None, allow_changed: Sequence[str], *, keep_token_budget: bool) -> None:
@@ -257,13 +302,24 @@ def continue_run(run: Run, path: Path | None, allow_changed: Sequence[str], *, k
         path, complaints = checkpoint.newest_sound(run.folder.checkpoints)
     for complaint in complaints:
         logger.warning("%s", complaint)
+    with hardware.together(run.accelerator):
+        if path is not None:
+            restore(run, path, allow_changed, keep_token_budget=keep_token_budget)
+    steps = gather_object([run.state.step])
+    if len(set(steps)) > 1:
+        raise RunFolderError(
+            f"{run.folder.path}: the processes see checkpoints of different steps ({', '.join(map(str, steps))}); "
+            "--output_dir must lie on storage that all machines share"
+        )
+    settle_best(run)
     if path is None:
         logger.info("no checkpoint in %s: starting from the beginning", run.folder.path)
     else:
-        restore(run, path, allow_changed, keep_token_budget=keep_token_budget)
         logger.info("continuing from %s, step %d of %d", path, run.state.step, run.plan.total_steps)
     if run.is_main:
         run.folder.cut_metrics(run.state.step)
+        checkpoint.abandon_later(run.folder.checkpoints, run.state.step)
+        checkpoint.sweep(run.folder.checkpoints)
     run.accelerator.wait_for_everyone()
 
 

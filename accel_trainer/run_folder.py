@@ -8,24 +8,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from accel_trainer.checkpoint import restore_interrupted
-from accel_trainer.errors import EXIT_DONE, EXIT_FAILED, AccelTrainerError, Interrupted, RunFolderError
+from accel_trainer.errors import EXIT_DONE, EXIT_FAILED, AccelTrainerError, Interrupted, RunFolderError, UserError
+from accel_trainer.writing import damage, replaced, restore_interrupted
 
 State = Literal["running", "done", "interrupted", "failed"]
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file at once, so that a reader sees the old or the new text and never half of one."""
-    temporary = path.with_name(f".{path.name}.writing")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        with replaced(path) as writing:
+            writing.write_text(text, encoding="utf-8")
     except OSError as error:
         raise RunFolderError(
             f"cannot write {path}: {error.strerror or error}; make space, or choose another --output_dir"
@@ -56,13 +54,14 @@ class RunFolder:
         self.results = path / "results.json"
         self.checkpoints = path / "checkpoints"
         self.best = path / "best"
+        self.best_before = path / ".best-before"  # what the last checkpoint calls best, until the next one is written
         self.model = path / "model"
         self.predictions = path / "predictions"
         self._status = path / "status.json"
 
     @property
     def holds_a_run(self) -> bool:
-        """Whether a run ever took a step here; one that found a mistake first left nothing worth keeping."""
+        """Whether a run got as far here as to leave something worth keeping."""
         return any(path.exists() for path in (self.metrics, self.checkpoints, self.best, self.model))
 
     def status(self) -> dict[str, Any]:
@@ -76,6 +75,19 @@ class RunFolder:
     def set_status(self, state: State, step: int, exit_code: int | None = None, reason: str | None = None) -> None:
         """Say how the run stands, for whoever watches it from outside."""
         write_json(self._status, {"state": state, "exit_code": exit_code, "step": step, "reason": reason})
+
+    def weights_step(self, folder: Path) -> int | None:
+        """Optimizer step of the weights in `best/` or its like; None if there are none or they are damaged."""
+        if damage(folder) is not None:
+            return None
+        facts: dict[str, int] = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+        return facts["step"]
+
+    def note_mistake(self, error: UserError, *, resume: bool) -> None:
+        """Say in status.json that a launch ended in a mistake, unless the folder is another run's or a live one's."""
+        if (resume or not self.holds_a_run) and self.status().get("state") != "running":
+            with suppress(RunFolderError):
+                self.set_status("failed", self.status().get("step") or 0, error.exit_code, str(error))
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl."""
@@ -104,12 +116,9 @@ class RunFolder:
     def write_predictions(self, split: str, rows: Iterable[dict[str, Any]]) -> Path:
         """Write one line of JSON per row of an evaluated split, and give its path."""
         path = self.predictions / f"{split}.jsonl"
-        temporary = path.with_name(f".{path.name}.writing")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("w", encoding="utf-8") as file:
+            with replaced(path) as writing, writing.open("w", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            temporary.replace(path)
         except OSError as error:
             raise RunFolderError(
                 f"cannot write {path}: {error.strerror or error}; make space, then --resume"
@@ -142,14 +151,10 @@ def open_run_folder(folder: RunFolder, *, resume: bool) -> None:
 
 
 class Watch:
-    """What `watched` reports about; `state` is the trainer's, once there is one."""
+    """Where `watched` asks how far the run is."""
 
-    state: Any = None
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps done."""
-        return 0 if self.state is None else int(self.state.step)
+    def __init__(self) -> None:
+        self.steps_done: Callable[[], int] = lambda: 0
 
 
 @contextmanager
@@ -159,7 +164,7 @@ def watched(folder: RunFolder, is_main_process: bool) -> Iterator[Watch]:
 
     def report(state: State, code: int | None = None, reason: str | None = None) -> None:
         if is_main_process:
-            folder.set_status(state, watch.step, code, reason)
+            folder.set_status(state, watch.steps_done(), code, reason)
 
     report("running")
     try:
@@ -169,6 +174,7 @@ def watched(folder: RunFolder, is_main_process: bool) -> Iterator[Watch]:
         raise
     except BaseException as error:
         code = error.exit_code if isinstance(error, AccelTrainerError) else EXIT_FAILED
-        report("failed", code, f"{type(error).__name__}: {error}")
+        with suppress(RunFolderError):  # a full disk has been told already, by the error itself
+            report("failed", code, f"{type(error).__name__}: {error}")
         raise
     report("done", EXIT_DONE)

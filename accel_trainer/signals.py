@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Self
@@ -13,6 +14,11 @@ from accelerate import Accelerator
 from accel_trainer.errors import Interrupted
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+IMPATIENCE = 3.0  # seconds after which a second Ctrl-C means "now"; a launcher and a terminal may both send the first
+
+
+class StopSignal(KeyboardInterrupt):
+    """A signal where no step is under way. No `except Exception` of a library may take it for a failure of its own."""
 
 
 @contextmanager
@@ -24,21 +30,27 @@ def interrupted_by_signals() -> Iterator[None]:
     """
 
     def interrupt(_number: int, _frame: object) -> None:
-        raise Interrupted("interrupted; run the same line again with --resume")
+        raise StopSignal
 
     before = {number: signal.signal(number, interrupt) for number in STOP_SIGNALS}
     try:
         yield
+    except StopSignal as stop:
+        raise Interrupted("interrupted; run the same line again with --resume") from stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 class StopRequest:
-    """Whether someone asked the run to stop, by SIGTERM or SIGINT, while the block lasts; a second signal is not caught."""
+    """Whether someone asked the run to stop, by SIGTERM or SIGINT, while the block lasts.
+
+    Asking again changes nothing, since schedulers and launchers repeat themselves; but a second Ctrl-C after some seconds
+    breaks off at once.
+    """
 
     def __init__(self) -> None:
-        self._asked = False
+        self._asked_at: float | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -46,21 +58,20 @@ class StopRequest:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        self._restore()
-        if self._asked and kind is None:  # after the last step had agreed to go on
-            raise Interrupted("interrupted after the last step; run the same line again with --resume")
-
-    def _note(self, _number: int, _frame: object) -> None:
-        self._asked = True
-        self._restore()
-
-    def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._asked_at is not None and kind is None:  # after the last step had agreed to go on
+            raise Interrupted("interrupted after the last step; run the same line again with --resume")
+
+    def _note(self, number: int, _frame: object) -> None:
+        now = time.monotonic()
+        if number == signal.SIGINT and self._asked_at is not None and now - self._asked_at > IMPATIENCE:
+            raise StopSignal
+        self._asked_at = now if self._asked_at is None else self._asked_at
 
     def agreed(self, accelerator: Accelerator) -> bool:
         """Whether any process was asked to stop; the same answer on all of them. Collective."""
         if accelerator.num_processes == 1:
-            return self._asked
-        asked = torch.tensor([float(self._asked)], device=accelerator.device)
+            return self._asked_at is not None
+        asked = torch.tensor([float(self._asked_at is not None)], device=accelerator.device)
         return bool(accelerator.reduce(asked, "sum").item() > 0)

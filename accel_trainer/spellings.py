@@ -143,12 +143,12 @@ _DERIVED = Answered("it follows from training.global_batch_size and the memory o
 _PER_DEVICE = Answered(_BATCH, _GLOBAL, "training.global_batch_size")
 _CONFIG = "the accelerate config decides it, not the recipe"
 _PRECISION = Answered(_CONFIG, "set mixed_precision in the accelerate config")
-_SHARDING = Answered(_CONFIG, "use the accelerate config of that kind, such as fsdp.yaml")
+_SHARDING = Answered(_CONFIG, "say it in an accelerate config (accelerate config writes one)")
 _COMPILE = Answered(_CONFIG, "set dynamo_backend in the accelerate config")
 _DEVICE = Answered(_CONFIG, "use the accelerate config of that kind of device, such as cpu.yaml")
 _DDP = Answered("the program sets it so that every process does the same work", "leave it out")
 _LOADER = Answered("tokenised data are read in place and batches made by the program", "leave it out")
-_LAYOUT = Answered("padding is left out of the computation where it can be", "leave it out, or give --layout padded")
+_LAYOUT = Answered("micro-batches are padded to their own longest text, and hold texts of like length", "leave it out")
 _COMMAND = "it says how to run, not what to compute"
 _OUTPUT = Answered(_COMMAND, "give --output_dir on the command line")
 _RESUME = Answered(_COMMAND, "give --resume on the command line")
@@ -185,7 +185,7 @@ ANSWERED: dict[str, Answered] = {
     **dict.fromkeys(["gradient_accumulation_steps", "accumulation_steps"], _DERIVED),
     **dict.fromkeys(["per_device_eval_batch_size", "per_gpu_eval_batch_size", "eval_batch_size"], _DERIVED),
     "auto_find_batch_size": Answered(
-        "micro-batches fit themselves to the memory anyway, and change no result", "leave it out"
+        "micro-batches follow a token budget and change no result", "leave it out, or give --max_tokens_per_device N"
     ),
     "average_tokens_across_devices": _SUM,
     # hardware
@@ -193,7 +193,7 @@ ANSWERED: dict[str, Answered] = {
     **dict.fromkeys(["fp16_opt_level", "fp16_full_eval", "bf16_full_eval", "torch_dtype", "dtype"], _PRECISION),
     **dict.fromkeys(["fsdp", "fsdp_config", "fsdp_min_num_params", "parallelism_config", "sharded_ddp"], _SHARDING),
     "fsdp_transformer_layer_cls_to_wrap": _SHARDING,
-    "deepspeed": Answered("DeepSpeed is not supported: it owns the optimizer step", "use accelerate_configs/fsdp.yaml"),
+    "deepspeed": Answered("DeepSpeed is not supported: it owns the optimizer step", "leave it out"),
     **dict.fromkeys(["torch_compile", "torch_compile_backend", "torch_compile_mode", "torchdynamo"], _COMPILE),
     **dict.fromkeys(["no_cuda", "use_cpu", "use_mps_device", "device", "n_gpu", "local_rank", "xpu_backend"], _DEVICE),
     **dict.fromkeys(["use_ipex", "tpu_num_cores", "tpu_metrics_debug", "jit_mode_eval", "accelerator_config"], _DEVICE),

@@ -42,38 +42,56 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def print_scores(scores: dict[str, dict[str, float]]) -> None:
+    """A table of scores: a row per split, a column per metric."""
+    names = list(dict.fromkeys(name for values in scores.values() for name in values))
+    if names:
+        print("\n" + " " * 10 + "".join(f"{name:>{len(name) + 2}}" for name in names))
+    for role, values in scores.items():
+        cells = (f"{values[name]:>{len(name) + 2}.4f}" if name in values else " " * (len(name) + 2) for name in names)
+        print(f"{role:<10}" + "".join(cells))
+
+
 class Progress:
     """Progress of training on the main process; on the others, nothing."""
 
     def __init__(self, total_steps: int, done: int, *, main_process: bool) -> None:
         self._total, self._done, self._main = total_steps, done, main_process
-        self._started, self._started_at = time.monotonic(), done
+        self._seconds, self._tokens = 0.0, 0  # of the steps since the last logged line
+        self._all_seconds, self._started_at = 0.0, done
+        self._last = time.perf_counter()
         self._bar = (
             tqdm(total=total_steps, initial=done, unit="step", desc="training", dynamic_ncols=True)
             if main_process and sys.stderr.isatty()
             else None
         )
 
-    def step(self) -> None:
-        """One more optimizer step is done."""
+    def step(self, tokens: int) -> None:
+        """One more optimizer step is done, of that many real tokens."""
+        now = time.perf_counter()
+        self._seconds += now - self._last
+        self._all_seconds += now - self._last
+        self._last = now
+        self._tokens += tokens
         self._done += 1
         if self._bar is not None:
             self._bar.update()
 
-    def log(self, line: dict[str, Any], tokens_per_second: float) -> None:
-        """Show a logged line: loss, learning rate, gradient norm, real tokens per second, time left."""
+    def resume(self) -> None:
+        """Leave the time since the last step out: it went into something else."""
+        self._last = time.perf_counter()
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Show a logged line: loss, learning rate, real tokens per second, time left."""
+        rate = self._tokens / self._seconds if self._seconds else 0.0
+        self._seconds, self._tokens = 0.0, 0
         if not self._main:
             return
-        shown = {
-            "loss": f"{line['loss']:.4f}",
-            "lr": f"{line['learning_rate']:.2e}",
-            "tokens/s": f"{tokens_per_second:,.0f}",
-        }
+        shown = {"loss": f"{line['loss']:.4f}", "lr": f"{line['learning_rate']:.2e}", "tokens/s": f"{rate:,.0f}"}
         if self._bar is not None:
             self._bar.set_postfix(shown)
             return
-        done = max(1, self._done - self._started_at)
-        left = (time.monotonic() - self._started) / done * (self._total - self._done)
+        left = self._all_seconds / max(1, self._done - self._started_at) * (self._total - self._done)
         values = "  ".join(f"{name} {value}" for name, value in shown.items())
         logger.info("step %d/%d  epoch %.2f  %s  left %s", self._done, self._total, line["epoch"], values, clock(left))
 

@@ -11,24 +11,21 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import os
 import sys
 import time
 import traceback
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
-from accel_trainer import artifacts, batching, checkpoint, hardware, metrics, order
+from accel_trainer import artifacts, batching, hardware, metrics, order
 from accel_trainer.data import Split
 from accel_trainer.errors import (
     EXIT_DONE,
@@ -45,10 +42,22 @@ from accel_trainer.library import find_recipe
 from accel_trainer.loss import example_losses
 from accel_trainer.recipe import Recipe
 from accel_trainer.recipe_file import load_recipe
-from accel_trainer.run import Run, continue_run, prepare, record, save, throughput, write_model, write_run_json
+from accel_trainer.run import (
+    Run,
+    StepStatistics,
+    TrainerState,
+    continue_run,
+    prepare,
+    record,
+    save,
+    throughput,
+    write_best,
+    write_model,
+    write_run_json,
+)
 from accel_trainer.run_folder import RunFolder, open_run_folder, watched, write_json
 from accel_trainer.signals import StopRequest, interrupted_by_signals
-from accel_trainer.tracking import Progress, logger, quieten_libraries, speak_on
+from accel_trainer.tracking import Progress, logger, print_scores, quieten_libraries, speak_on
 
 
 @dataclass(frozen=True)
@@ -68,43 +77,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the trainer from a command line.
 
     Returns:
-        the exit code: 0 done, 2 the user's mistake, 75 interrupted after saving, 1 anything else.
+        the exit code: 0 done, 2 the user's mistake, 75 interrupted by a signal, 1 anything else.
     """
-    arguments, overrides = parse_arguments(argv)
-    # Every process meets the same mistakes in the recipe; one of them says so.
+    arguments = parse_arguments(argv)
+    # Every process meets the same mistakes; one of them says so.
     is_first = os.environ.get("RANK", "0") == "0"
+    speak_on(is_first)
+    folder = None
     try:
         name, path = find_recipe(arguments.recipe)
         options = Options(
             output_dir=(arguments.output_dir or Path("runs") / name).absolute(),
-            resume=arguments.resume,
+            resume=arguments.resume or arguments.resume_from_checkpoint is not None,
             resume_from_checkpoint=arguments.resume_from_checkpoint,
             allow_changed=tuple(arguments.allow_changed),
             max_tokens_per_device=arguments.max_tokens_per_device,
             gradient_checkpointing=arguments.gradient_checkpointing,
             trust_remote_code=arguments.trust_remote_code,
         )
-        train(read_recipe(path, overrides, options, is_first), options)
+        folder = RunFolder(options.output_dir)
+        train(load_recipe(path, arguments.overrides), options)
     except AccelTrainerError as error:
         if is_first:
             print(f"{'' if isinstance(error, Interrupted) else 'error: '}{error}", file=sys.stderr, flush=True)
+            if folder is not None and isinstance(error, UserError):
+                folder.note_mistake(error, resume=options.resume)
         return error.exit_code
     except Exception:
         traceback.print_exc()
         return EXIT_FAILED
     return EXIT_DONE
-
-
-def read_recipe(path: Path, overrides: Sequence[str], options: Options, is_first: bool) -> Recipe:
-    """The recipe; where it has mistakes, status.json says so too, unless the folder is another run's."""
-    try:
-        return load_recipe(path, overrides)
-    except UserError as error:
-        folder = RunFolder(options.output_dir)
-        if is_first and (options.resume or not folder.holds_a_run):
-            with suppress(RunFolderError):
-                folder.set_status("failed", 0, error.exit_code, str(error))
-        raise
 
 
 def train(recipe: Recipe, options: Options) -> dict[str, Any]:
@@ -115,17 +117,16 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any]:
 
     Raises:
         UserError: a mistake of the user's, in recipe, data, launch or output folder.
-        Interrupted: a signal came; a checkpoint was saved first.
+        Interrupted: a signal came; if steps had been taken, a checkpoint was saved first.
         TrainingFailed: training cannot go on.
     """
     accelerator = hardware.start_accelerator(recipe.tracking.report_to, options.output_dir)
     speak_on(accelerator.is_main_process)
     quieten_libraries()
-    resume = options.resume or options.resume_from_checkpoint is not None
     folder = RunFolder(options.output_dir)
     with hardware.together(accelerator):
         if accelerator.is_main_process:
-            open_run_folder(folder, resume=resume)
+            open_run_folder(folder, resume=options.resume)
     with watched(folder, accelerator.is_main_process) as watch, interrupted_by_signals():
         inputs = read_inputs_together(accelerator, recipe, trust_remote_code=options.trust_remote_code)
         for note in inputs.notes:
@@ -137,7 +138,7 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any]:
             max_tokens_per_device=options.max_tokens_per_device,
             gradient_checkpointing=options.gradient_checkpointing,
         )
-        if resume:
+        if options.resume:
             continue_run(
                 run,
                 options.resume_from_checkpoint,
@@ -145,10 +146,14 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any]:
                 keep_token_budget=options.max_tokens_per_device is None,
             )
         write_run_json(run)
-        watch.state = run.state
-        with StopRequest() as stop:
-            fit(run, stop)
-        results = finish(run)
+        watch.steps_done = lambda: run.state.step
+        try:
+            with StopRequest() as stop:
+                fit(run, stop)
+            results = finish(run)
+        except Interrupted:  # on every process, so that trackers and process group can be closed in order
+            accelerator.end_training()
+            raise
         accelerator.end_training()
         return results
 
@@ -158,115 +163,56 @@ def fit(run: Run, stop: StopRequest) -> None:
 
     Raises:
         Interrupted: a signal came; a checkpoint was saved first.
-        TrainingFailed: the loss is not finite.
+        TrainingFailed: loss or gradient are not finite.
     """
-    state, plan, recipe = run.state, run.plan, run.inputs.recipe
-    loss_sum = torch.zeros((), device=run.accelerator.device)  # this process's share since the last logged line
+    state, plan = run.state, run.plan
+    loss_sum = torch.zeros((), device=run.accelerator.device)  # this process's share since it was last read
     progress = Progress(plan.total_steps, state.step, main_process=run.is_main)
-    window_tokens, window_started = 0, time.perf_counter()
     run.model.train()
     try:
         while state.step < plan.total_steps and not state.stopped_early:
             started = time.perf_counter()
             try:
-                done = training_step(
-                    run.accelerator,
-                    run.model,
-                    run.optimizer,
-                    run.scheduler,
-                    run.inputs.splits["train"],
-                    recipe,
-                    state.step,
-                    run.max_tokens,
-                )
+                done = training_step(run, state.step)
             except GradientOverflow:
                 state.overflows += 1
                 continue  # the same step again, with a smaller scale
-            state.step += 1
-            state.tokens += done.tokens
-            state.positions += done.positions
-            state.padded_positions += done.padded_positions
-            state.examples += done.examples
+            state.add(done)
             loss_sum += done.loss_sum
-            window_tokens += done.tokens
-            progress.step()
+            progress.step(done.tokens)
 
-            logs, evaluates = plan.logs_at(state.step), plan.evaluates_at(state.step)
             stopping = stop.agreed(run.accelerator)
-            saves = plan.saves_at(state.step) or stopping  # whatever the save strategy: nothing done is to be lost
+            logs, evaluates, saves = plan.logs_at(state.step), plan.evaluates_at(state.step), plan.saves_at(state.step)
             if logs or evaluates or saves or stopping:
                 state.loss_sum += float(run.accelerator.reduce(loss_sum, "sum"))
                 loss_sum.zero_()
-                if not abs(state.loss_sum) < float("inf"):
-                    raise TrainingFailed(
-                        f"the loss is {state.loss_sum} at step {state.step}; a smaller training.learning_rate or a warm-up "
-                        "often helps. The last checkpoint is kept"
-                    )
-            if logs:
-                line = {
-                    "step": state.step,
-                    "epoch": round(plan.epoch(state.step), 6),
-                    "loss": state.loss_sum / state.examples,
-                    "grad_norm": float(done.grad_norm),
-                    "learning_rate": done.learning_rate,
-                    "tokens": state.tokens,
-                }
-                state.loss_sum, state.examples = 0.0, 0
-                progress.log(line, window_tokens / (time.perf_counter() - window_started))
-                window_tokens, window_started = 0, time.perf_counter()
-                record(run, line)
+                check_finite(state, float(done.grad_norm))
             state.seconds["train"] += time.perf_counter() - started
-            if evaluates:
-                stops_early = evaluate_during_training(run)
-                saves = saves or (stops_early and plan.save_every is not None)
-            if saves:
+            if logs:
+                log(run, done, progress)
+            stops_early = evaluates and evaluate_during_training(run)
+            if saves or stopping or stops_early:
                 save(run)
+            progress.resume()
             if stopping:
                 raise Interrupted(f"interrupted after step {state.step} of {plan.total_steps}; continue with --resume")
-            if evaluates or saves:
-                window_tokens, window_started = 0, time.perf_counter()
     finally:
         progress.close()
 
 
-@dataclass(frozen=True)
-class StepStatistics:
-    """What one optimizer step computed."""
-
-    loss_sum: Tensor  # scalar, plain sum of this process's example losses
-    grad_norm: Tensor  # scalar, of the whole global batch, before clipping
-    examples: int  # of the global batch
-    tokens: int  # real tokens of the global batch
-    positions: int  # real and padding tokens computed for it, fillers left out
-    padded_positions: int  # examples × the longest of them
-    learning_rate: float  # that the update used; of the head, where layers learn at rates of their own
-
-
-class GradientOverflow(Exception):
-    """fp16 gradients were too large for the scale; the update was skipped."""
-
-
-def training_step(
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: Optimizer,
-    scheduler: LRScheduler,
-    split: Split,
-    recipe: Recipe,
-    step: int,
-    max_tokens: int,
-) -> StepStatistics:
+def training_step(run: Run, step: int) -> StepStatistics:
     """Perform optimizer step `step` (counted from 0): one global batch, one update, one move of the schedule.
 
     Raises:
         GradientOverflow: fp16 gradients overflowed; nothing was updated and the scale is smaller now.
+        TrainingFailed: they overflow at any scale.
     """
-    training = recipe.training
+    accelerator, split, training = run.accelerator, run.inputs.splits["train"], run.inputs.recipe.training
     rows = order.global_batch(
         step, seed=training.seed, num_examples=len(split), global_batch_size=training.global_batch_size
     )
     lengths = split.tokens.lengths[rows]
-    divided = batching.divide_batch(lengths, accelerator.num_processes, max_tokens)
+    divided = batching.divide_batch(lengths, accelerator.num_processes, run.max_tokens)
     micro_batches = divided[accelerator.process_index]
     seed_dropout(training.seed, step, accelerator.process_index)
 
@@ -276,8 +222,8 @@ def training_step(
         inputs = {name: value.to(accelerator.device) for name, value in split.tokens.inputs(taken).items()}
         labels = torch.from_numpy(split.rows.labels[taken]).to(accelerator.device)
         is_last = i == len(micro_batches) - 1
-        with nullcontext() if is_last else accelerator.no_sync(model):
-            logits = model(**inputs).logits
+        with nullcontext() if is_last else accelerator.no_sync(run.model):
+            logits = run.model(**inputs).logits
             losses = example_losses(logits, labels, training.label_smoothing_factor) * micro_batch.weight
             # The one place that scales the loss: DDP and FSDP average gradients over processes, so that multiplying by
             # their number makes this the sum over the global batch divided by its true size, the last batch's too.
@@ -286,13 +232,10 @@ def training_step(
 
     # Clipping sees the whole gradient, once. An infinite bound only measures it.
     bound = float("inf") if training.max_grad_norm is None else training.max_grad_norm
-    grad_norm = accelerator.clip_grad_norm_(model.parameters(), bound)
-    optimizer.step()
-    optimizer.zero_grad()
-    if accelerator.optimizer_step_was_skipped:
-        raise GradientOverflow
-    learning_rate = scheduler.get_last_lr()[-1]
-    scheduler.step()
+    grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), bound)
+    learning_rate = run.scheduler.get_last_lr()[-1]
+    update(run)
+    run.scheduler.step()
     real = [m.indices for part in divided for m in part if m.weight]
     return StepStatistics(
         loss_sum=loss_sum,
@@ -305,10 +248,67 @@ def training_step(
     )
 
 
+class GradientOverflow(Exception):
+    """fp16 gradients were too large for the scale; the update was skipped."""
+
+
+def update(run: Run) -> None:
+    """Apply the gradient, unless it overflowed in fp16.
+
+    Raises:
+        GradientOverflow: it did; the scale is smaller now.
+        TrainingFailed: it does at any scale.
+    """
+    scaler = run.accelerator.scaler
+    # A fused optimizer skips inside its kernel, so that Accelerate's `optimizer_step_was_skipped` stays false: the scale
+    # tells, which falls when and only when a step was skipped.
+    scale = None if scaler is None else scaler.get_scale()
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    if scaler is None or scale is None or scaler.get_scale() >= scale:
+        return
+    if scaler.get_scale() < 1:
+        raise TrainingFailed(
+            f"the gradient of step {run.state.step + 1} is not finite in fp16 at any scale; use bf16 or float32 "
+            "(mixed_precision in the accelerate config). The last checkpoint is kept"
+        )
+    raise GradientOverflow
+
+
 def seed_dropout(seed: int, step: int, process_index: int) -> None:
     """Seed torch for one step, so that dropout depends on where in the run it is drawn and not on what came before."""
     digest = hashlib.sha256(f"{seed} {step} {process_index}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def check_finite(state: TrainerState, grad_norm: float) -> None:
+    """See that what is about to be logged, judged or saved is a number.
+
+    Raises:
+        TrainingFailed: it is not; nothing of it is saved.
+    """
+    for name, value in (("loss", state.loss_sum), ("gradient norm", grad_norm)):
+        if not math.isfinite(value):
+            raise TrainingFailed(
+                f"the {name} is {value} at step {state.step}; a smaller training.learning_rate or a warm-up often helps. "
+                "The last checkpoint is kept"
+            )
+
+
+def log(run: Run, done: StepStatistics, progress: Progress) -> None:
+    """Show and record the steps since the last logged line."""
+    state = run.state
+    line = {
+        "step": state.step,
+        "epoch": round(run.plan.epoch(state.step), 6),
+        "loss": state.loss_sum / state.examples,
+        "grad_norm": float(done.grad_norm),
+        "learning_rate": done.learning_rate,
+        "tokens": state.tokens,
+    }
+    state.loss_sum, state.examples = 0.0, 0
+    progress.log(line)
+    record(run, line)
 
 
 def evaluate_during_training(run: Run) -> bool:
@@ -324,13 +324,16 @@ def evaluate_during_training(run: Run) -> bool:
     record(run, {"step": state.step, "split": "validation", **scores})
     shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
     value = scores[settings.best_metric]
-    threshold = settings.early_stopping_threshold if settings.early_stopping_patience is not None else 0.0
-    waits_on = metrics.improved(value, state.best_metric, settings.best_is_greater, threshold)
     if metrics.improved(value, state.best_metric, settings.best_is_greater):
+        # Patience asks for a little more than better, where a threshold is set.
+        threshold = settings.early_stopping_threshold
+        enough = metrics.improved(value, state.best_metric, settings.best_is_greater, threshold)
         state.best_metric, state.best_step = value, state.step
         shown += "  (best so far)"
-        write_model(run, run.folder.best, {"validation": scores})
-    state.evaluations_since_best = 0 if waits_on else state.evaluations_since_best + 1
+        write_best(run, scores)
+    else:
+        enough = False
+    state.evaluations_since_best = 0 if enough else state.evaluations_since_best + 1
     patience = settings.early_stopping_patience
     state.stopped_early = patience is not None and state.evaluations_since_best >= patience
     logger.info("step %d  validation  %s", state.step, shown)
@@ -354,13 +357,16 @@ def finish(run: Run) -> dict[str, Any]:
         the contents of results.json.
     """
     inputs, state, recipe = run.inputs, run.state, run.inputs.recipe
+    step = state.step
     if recipe.saving.load_best_model_at_end and state.best_step is not None:
-        reason = checkpoint.damage(run.folder.best)
-        if reason is not None:
-            raise RunFolderError(
-                f"{run.folder.best}: {reason}; the last checkpoint is sound, remove best/ and train again"
-            )
-        inputs.model.load_state_dict(load_file(run.folder.best / "model.safetensors"))
+        step = state.best_step
+        with hardware.together(run.accelerator):
+            if run.folder.weights_step(run.folder.best) != step:
+                raise RunFolderError(
+                    f"{run.folder.best}: the weights of step {step} are not there or damaged; bring them back, or set "
+                    "saving.load_best_model_at_end=false, and run again with --resume"
+                )
+            inputs.model.load_state_dict(load_file(run.folder.best / "model.safetensors"))
     results: dict[str, Any] = {"train": throughput(run)}
     scores: dict[str, dict[str, float]] = {}
     for role in ("validation", "test"):
@@ -378,58 +384,32 @@ def finish(run: Run) -> dict[str, Any]:
             run.folder.write_predictions(
                 role, artifacts.prediction_rows(split, recipe.dataset, logits, inputs.label_names)
             )
-    write_model(run, run.folder.model, scores)
+    write_model(run, run.folder.model, scores, step)
     if run.is_main:
         write_json(run.folder.results, results)
-        print_scores(scores, run.folder.path)
+        print_scores(scores)
+        print(f"\nrun: {run.folder.path}\nmodel: {run.folder.model}", flush=True)
     return results
 
 
-def print_scores(scores: dict[str, dict[str, float]], path: Path) -> None:
-    """A table of the scores on the terminal, and where the run lies."""
-    names = list(dict.fromkeys(name for values in scores.values() for name in values))
-    if names:
-        width = max(10, *map(len, names))
-        print("\n" + " " * 12 + "".join(f"{name:>{width + 2}}" for name in names))
-        for role, values in scores.items():
-            print(f"{role:<12}" + "".join(f"{values[name]:>{width + 2}.4f}" for name in names))
-    print(f"\nrun: {path}\nmodel: {path / 'model'}", flush=True)
-
-
-def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """The command line; what looks like `section.key=value` is an override."""
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; what stands free after the recipe is an override."""
     parser = argparse.ArgumentParser(
         prog="accel_trainer.train",
         description="Train a text classifier from a recipe.",
         epilog="accelerate launch --config_file accelerate_configs/cpu.yaml -m accel_trainer.train recipes/quickstart.yaml",
     )
-    parser.add_argument("recipe", help="path of a recipe, or its name in the library, such as imdb/distilbert")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the recipe's")
-    parser.add_argument("--output_dir", type=Path, help="folder of the run (default: runs/ and the recipe's name)")
-    parser.add_argument(
-        "--resume", action="store_true", help="continue from the newest checkpoint, or start if there is none"
-    )
-    parser.add_argument("--resume_from_checkpoint", type=Path, metavar="PATH", help="continue from this checkpoint")
-    parser.add_argument(
-        "--allow_changed", action="append", default=[], metavar="KEY", help="continue although this key has changed"
-    )
-    parser.add_argument(
-        "--max_tokens_per_device", type=positive, metavar="N", help="tokens per micro-batch, padding included"
-    )
-    parser.add_argument("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
-    parser.add_argument(
-        "--trust_remote_code", action="store_true", help="run code that the checkpoint's repository holds"
-    )
-    arguments = parser.parse_intermixed_args(argv)
-    return arguments, arguments.overrides
-
-
-def positive(text: str) -> int:
-    """A positive integer from the command line."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number
+    add = parser.add_argument
+    add("recipe", help="path of a recipe, or its name in the library, such as imdb/distilbert")
+    add("overrides", nargs="*", metavar="section.key=value", help="values that replace the recipe's")
+    add("--output_dir", type=Path, help="folder of the run (default: runs/ and the recipe's name)")
+    add("--resume", action="store_true", help="continue from the newest checkpoint, or start if there is none")
+    add("--resume_from_checkpoint", type=Path, metavar="PATH", help="continue from this checkpoint")
+    add("--allow_changed", action="append", default=[], metavar="KEY", help="continue although this key has changed")
+    add("--max_tokens_per_device", type=int, metavar="N", help="tokens per micro-batch, padding included")
+    add("--gradient_checkpointing", action="store_true", help="compute activations twice instead of keeping them")
+    add("--trust_remote_code", action="store_true", help="run code that the checkpoint's repository holds")
+    return parser.parse_intermixed_args(argv)
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def truncation_notes(splits: dict[str, Split], max_length: int) -> list[str]:
 
 
 def pinned(recipe: Recipe, data: LabelledData, max_length: int) -> Recipe:
-    """The recipe with everything in it that could mean something else tomorrow fixed: commits, rows, length, labels."""
+    """The recipe with what could mean something else tomorrow fixed: commits, rows, maximum length, labels."""
     dataset = recipe.dataset.model_copy(
         update={
             "revision": data.revision or recipe.dataset.revision,

@@ -33,6 +33,8 @@ SCHEDULER_KWARGS: dict[str, frozenset[str]] = {
     "warmup_stable_decay": frozenset({"num_decay_steps", "warmup_type", "decay_type", "min_lr_ratio", "num_cycles"}),
 }
 
+CURVES = ("linear", "cosine", "1-sqrt")  # what warmup_type and decay_type may be
+
 # Passed as the context of `model_validate`: leave `rules` to the caller, who wants to hear all of them at once.
 RULES_LATER = object()
 
@@ -296,6 +298,9 @@ class TrainingSection(Section):
         for name, value in self.lr_scheduler_kwargs.items():
             if name in allowed and isinstance(value, str) and not name.endswith("_type"):
                 yield Broken("lr_scheduler_kwargs", f"{name}: {value!r} is not a number", "give a number", also)
+            if name in allowed and name.endswith("_type") and value not in CURVES:
+                choice = f"choose from {', '.join(CURVES)}"
+                yield Broken("lr_scheduler_kwargs", f"{name}: {value!r} is no curve", choice, also)
         if schedule == "warmup_stable_decay" and "num_decay_steps" not in self.lr_scheduler_kwargs:
             yield Broken("lr_scheduler_kwargs", f"{schedule} needs num_decay_steps", "add num_decay_steps: N", also)
         if schedule == "cosine_with_min_lr" and not {"min_lr", "min_lr_rate"} & set(self.lr_scheduler_kwargs):

@@ -201,18 +201,21 @@ def write_best(run: Run, scores: dict[str, float]) -> None:
     Those that the last checkpoint calls best stay beside them until the next checkpoint is written: a run that is killed
     in between goes on from the last one, and must find what it remembers.
     """
-    if run.is_main and run.folder.best.exists() and not run.folder.best_before.exists():
-        run.folder.best.rename(run.folder.best_before)
+    folder = run.folder
+    if run.is_main and folder.best.exists() and not folder.best_before.exists() and folder.checkpoints.exists():
+        folder.best.rename(folder.best_before)
     write_model(run, run.folder.best, {"validation": scores}, run.state.step)
 
 
 def settle_best(run: Run) -> None:
     """After a restore, let `best/` hold the weights that the state calls best; if they are gone, forget them and say so."""
     folder, wanted = run.folder, run.state.best_step
-    if run.is_main and folder.weights_step(folder.best) != wanted:
-        shutil.rmtree(folder.best, ignore_errors=True)  # of steps that are about to be taken again
-        if wanted is not None and folder.weights_step(folder.best_before) == wanted:
-            folder.best_before.rename(folder.best)
+    if run.is_main:
+        if folder.weights_step(folder.best) != wanted:
+            shutil.rmtree(folder.best, ignore_errors=True)  # of steps that are about to be taken again
+            if wanted is not None and folder.weights_step(folder.best_before) == wanted:
+                folder.best_before.rename(folder.best)
+        shutil.rmtree(folder.best_before, ignore_errors=True)  # what is left there is older than the last checkpoint
     run.accelerator.wait_for_everyone()
     if wanted is not None and folder.weights_step(folder.best) != wanted:
         logger.warning(

@@ -44,11 +44,11 @@ def clock(seconds: float) -> str:
 
 def print_scores(scores: dict[str, dict[str, float]]) -> None:
     """A table of scores: a row per split, a column per metric."""
-    names = list(dict.fromkeys(name for values in scores.values() for name in values))
-    if names:
-        print("\n" + " " * 10 + "".join(f"{name:>{len(name) + 2}}" for name in names))
+    widths = {name: max(len(name), len("-0.1234")) + 2 for values in scores.values() for name in values}
+    if widths:
+        print("\n" + " " * 10 + "".join(f"{name:>{width}}" for name, width in widths.items()))
     for role, values in scores.items():
-        cells = (f"{values[name]:>{len(name) + 2}.4f}" if name in values else " " * (len(name) + 2) for name in names)
+        cells = (f"{values[name]:{w}.4f}" if name in values else " " * w for name, w in widths.items())
         print(f"{role:<10}" + "".join(cells))
 
 

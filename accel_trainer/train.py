@@ -4,7 +4,7 @@
 
 The way through this file is `main → train → fit → training_step`. The recipe fixes the mathematics: which examples each
 optimizer step uses, what they are divided by, when the schedule moves. The accelerate config fixes the hardware. How a
-global batch is cut into micro-batches is decided here, and changes nothing but rounding.
+global batch is cut into micro-batches is decided here, and with dropout off changes nothing but rounding.
 """
 
 from __future__ import annotations

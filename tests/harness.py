@@ -105,16 +105,22 @@ def run_trainer(recipe: Path, folder: Path, *arguments: str) -> Outcome:
     return Outcome(code, folder, out.getvalue(), err.getvalue())
 
 
-class SignalAt:
-    """A hook for `plan.logs_at`, which the trainer calls once per step: sends this process a signal after one step."""
+@contextlib.contextmanager
+def signal_at(step: int, *numbers: signal.Signals) -> Iterator[None]:
+    """Send this process signals when that step's update is done and before anything follows from it."""
+    from accel_trainer.run import TrainerState
 
-    def __init__(self, step: int, number: signal.Signals = signal.SIGTERM) -> None:
-        self.step, self.number = step, number
+    add = TrainerState.add
 
-    def __call__(self, plan: Any, step: int) -> bool:
-        if step == self.step:
-            os.kill(os.getpid(), self.number)
-        return step % plan.logging_steps == 0
+    def added(state: TrainerState, done: Any) -> None:
+        add(state, done)
+        if state.step == step:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainerState, "add", added)
+        yield
 
 
 def write_recipe_in(folder: Path, name: str = "tiny.yaml", rows: int = 90, **sections: Any) -> Path:
@@ -166,7 +172,7 @@ class OneOfMany:
     """An Accelerator's stand-in: process `index` of `count`, whose collectives are recorded or played back."""
 
     device = torch.device("cpu")
-    optimizer_step_was_skipped = False
+    scaler = None
 
     def __init__(self, index: int, count: int, gathered: torch.Tensor | None = None) -> None:
         self.process_index, self.num_processes, self.gathered = index, count, gathered

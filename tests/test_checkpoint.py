@@ -1,9 +1,8 @@
-"""Folders that exist only when complete, whatever fails while they are written; damage that is always found."""
+"""Checkpoints come back as they were written, and not at all when damaged; a full disk takes none of the older ones."""
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -13,20 +12,19 @@ from typing import Any
 import pytest
 import torch
 
-from accel_trainer import checkpoint
+from accel_trainer import checkpoint, writing
 from accel_trainer.checkpoint import (
-    MANIFEST,
+    abandon_later,
     checkpoints,
-    committed,
-    damage,
     load_checkpoint,
     newest_sound,
-    restore_interrupted,
     rotate,
     save_checkpoint,
     save_tensors,
+    sweep,
 )
 from accel_trainer.errors import RunFolderError
+from accel_trainer.writing import MANIFEST, damage, restore_interrupted
 
 WEIGHTS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.int64)}
 OPTIMIZER = {"a exp_avg": torch.full((2, 3), 0.5)}
@@ -34,47 +32,7 @@ STATE = {"step": 3, "name": "面"}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def fill(folder: Path, text: str) -> None:
-    (folder / "sub").mkdir()
-    (folder / "one.txt").write_text(text)
-    (folder / "sub" / "two.txt").write_text(text * 2)
-
-
-def test_a_folder_appears_whole(tmp_path: Path) -> None:
-    final = tmp_path / "deep" / "final"
-    with committed(final) as writing:
-        fill(writing, "new")
-        assert not final.exists()
-    assert set(contents(final)) == {"one.txt", "sub/two.txt", MANIFEST}
-    assert damage(final) is None
-    assert [path.name for path in final.parent.iterdir()] == ["final"]
-    with committed(final) as writing:
-        (writing / "three.txt").write_text("newer")
-        assert (final / "one.txt").read_text() == "new"
-    assert set(contents(final)) == {"three.txt", MANIFEST}
-    assert [path.name for path in final.parent.iterdir()] == ["final"]
-
-
-@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left")])
-@pytest.mark.parametrize("existed", [True, False])
-def test_an_exception_inside_leaves_what_was(tmp_path: Path, error: BaseException, existed: bool) -> None:
-    final = tmp_path / "final"
-    if existed:
-        with committed(final) as writing:
-            fill(writing, "old")
-    before = contents(tmp_path)
-
-    def interrupted() -> None:
-        with committed(final) as writing:
-            fill(writing, "new")
-            raise error
-
-    with pytest.raises(RunFolderError if isinstance(error, OSError) else type(error)):
-        interrupted()
-    assert contents(tmp_path) == before
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 class NoSpace:
@@ -83,7 +41,7 @@ class NoSpace:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, allowed: int, *, only_once: bool) -> None:
         self.calls, self.failed = 0, False
         for owner, name in [
-            (checkpoint, "_flush"),
+            (writing, "_flush"),
             (Path, "open"),
             (Path, "write_text"),
             (Path, "mkdir"),
@@ -143,70 +101,6 @@ def test_a_disk_that_fills_up_at_any_moment(
     assert load_checkpoint(final)[2] == STATE
 
 
-def test_a_failed_exchange_leaves_the_old_folder_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    final = tmp_path / "final"
-    with committed(final) as writing:
-        fill(writing, "old")
-    rename = Path.rename
-
-    def failing(self: Path, target: Path) -> Path:
-        if self.name.endswith(".writing"):
-            raise OSError(errno.EIO, "Input/output error")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(RunFolderError, match="Input/output error"), committed(final) as writing:
-        fill(writing, "new")
-    assert (final / "one.txt").read_text() == "old"
-    assert damage(final) is None
-
-
-def test_manifest_is_inside_before_the_name_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who is killed between any two calls leaves no folder without a manifest under the final name."""
-    final = tmp_path / "final"
-    rename, seen = Path.rename, []
-
-    def watching(self: Path, target: Path) -> Path:
-        seen.append((self.name, damage(self)))
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", watching)
-    for text in ("first", "second"):
-        with committed(final) as writing:
-            fill(writing, text)
-    assert seen == [(".final.writing", None), ("final", None), (".final.writing", None)]
-
-
-def test_files_reach_the_disk_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    events: list[str] = []
-    fsync, rename = os.fsync, Path.rename
-    monkeypatch.setattr(
-        os, "fsync", lambda fd: (events.append(Path(f"/proc/self/fd/{fd}").readlink().name), fsync(fd))[1]
-    )
-    monkeypatch.setattr(Path, "rename", lambda self, target: (events.append("rename"), rename(self, target))[1])
-    if not Path("/proc/self/fd").exists():
-        pytest.skip("no /proc to read names of descriptors from")
-    with committed(tmp_path / "final") as writing:
-        fill(writing, "x")
-    before, after = events[: events.index("rename")], events[events.index("rename") + 1 :]
-    assert set(before) == {"one.txt", "two.txt", MANIFEST, ".final.writing"}
-    assert after == [tmp_path.name]
-
-
-def test_restore_interrupted(tmp_path: Path) -> None:
-    final, aside = tmp_path / "best", tmp_path / ".best.old"
-    restore_interrupted(final)
-    assert not final.exists()
-    aside.mkdir()
-    (aside / "x").write_text("old")
-    restore_interrupted(final)
-    assert (final / "x").read_text() == "old"
-    assert not aside.exists()
-    aside.mkdir()
-    restore_interrupted(final)
-    assert (final / "x").read_text() == "old"
-
-
 def test_round_trip_is_exact(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, 3, WEIGHTS, OPTIMIZER, STATE)
     assert path == tmp_path / "checkpoint-3"
@@ -241,51 +135,13 @@ def test_nothing_pickled_inside(tmp_path: Path) -> None:
         assert not start.startswith(b"\x80")
 
 
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(bytes(data))
-
-
-DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "truncated": (lambda folder: os.truncate(folder / "model.safetensors", 20), "has 20 bytes instead of"),
-    "changed": (lambda folder: flip(folder / "optimizer.safetensors"), "other contents"),
-    "missing": (lambda folder: (folder / "trainer_state.json").unlink(), "trainer_state.json is missing"),
-    "replaced by a folder": (
-        lambda folder: ((folder / "trainer_state.json").unlink(), (folder / "trainer_state.json").mkdir()),
-        "trainer_state.json is missing",
-    ),
-    "no manifest": (lambda folder: (folder / MANIFEST).unlink(), "manifest.json cannot be read"),
-    "half a manifest": (lambda folder: os.truncate(folder / MANIFEST, 40), "manifest.json cannot be read"),
-    "manifest of another kind": (lambda folder: (folder / MANIFEST).write_text("[1, 2]"), "manifest.json cannot be"),
-    "manifest without sizes": (lambda folder: (folder / MANIFEST).write_text('{"a": {}}'), "a is missing"),
-    "manifest not text": (lambda folder: (folder / MANIFEST).write_bytes(b"\xff\xfe\x00"), "manifest.json cannot be"),
-    "empty manifest": (lambda folder: (folder / MANIFEST).write_text("{}"), "manifest.json"),
-}
-
-
-@pytest.mark.parametrize("kind", DAMAGES)
-def test_damage_is_found_and_nothing_loaded(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "trainer_state.json", MANIFEST])
+def test_nothing_is_loaded_of_a_damaged_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     path = save_checkpoint(tmp_path, 3, WEIGHTS, OPTIMIZER, STATE)
-    assert damage(path) is None
-    harm, said = DAMAGES[kind]
-    harm(path)
-    assert said in (damage(path) or "")
-    with pytest.raises(RunFolderError, match="use another checkpoint, or --resume"):
+    os.truncate(path / name, 10)
+    monkeypatch.setattr(checkpoint, "load_file", lambda *_: pytest.fail("something was loaded"))
+    with pytest.raises(RunFolderError, match=rf"{name} .*use another checkpoint, or --resume"):
         load_checkpoint(path)
-
-
-def test_every_byte_counts(tmp_path: Path) -> None:
-    path = save_checkpoint(tmp_path, 1, {"a": torch.ones(2)}, {}, {})
-    entries = json.loads((path / MANIFEST).read_text())
-    assert set(entries) == {"model.safetensors", "optimizer.safetensors", "trainer_state.json"}
-    for name in entries:
-        whole = (path / name).read_bytes()
-        for i in range(0, len(whole), 7):
-            (path / name).write_bytes(whole[:i] + bytes([whole[i] ^ 4]) + whole[i + 1 :])
-            assert damage(path) is not None
-        (path / name).write_bytes(whole)
-    assert damage(path) is None
 
 
 def test_newest_sound(tmp_path: Path) -> None:
@@ -324,3 +180,54 @@ def test_rotate_never_takes_the_one_just_written(tmp_path: Path) -> None:
         save_checkpoint(tmp_path, step, WEIGHTS, {}, {})
     rotate(tmp_path, 1, 3)
     assert [step for step, _ in checkpoints(tmp_path)] == [3, 6, 8]
+
+
+def test_rotate_goes_on_where_it_cannot_delete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be deleted must not end a run whose newest checkpoint is written."""
+    for step in (1, 2, 3, 4):
+        save_checkpoint(tmp_path, step, WEIGHTS, {}, {})
+    rmdir, unlink = os.rmdir, os.unlink
+
+    def stubborn(function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(path: Any, *arguments: Any, **keywords: Any) -> Any:
+            if str(path).endswith(("checkpoint-1", MANIFEST)):
+                raise PermissionError(errno.EACCES, "Permission denied")
+            return function(path, *arguments, **keywords)
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", stubborn(rmdir))
+        patch.setattr(os, "unlink", stubborn(unlink))
+        rotate(tmp_path, 2, 4)
+    assert [step for step, path in checkpoints(tmp_path) if damage(path) is None] == [3, 4]
+
+
+def test_later_checkpoints_are_laid_aside(tmp_path: Path) -> None:
+    assert abandon_later(tmp_path / "none", 3) is None  # type: ignore[func-returns-value]
+    for step in (2, 3, 6, 10):
+        save_checkpoint(tmp_path, step, WEIGHTS, {}, {"step": step})
+    abandon_later(tmp_path, 3)
+    assert [step for step, _ in checkpoints(tmp_path)] == [2, 3]
+    assert load_checkpoint(tmp_path / "abandoned-checkpoint-6")[2] == {"step": 6}
+    save_checkpoint(tmp_path, 6, WEIGHTS, {}, {"step": "another 6"})
+    abandon_later(tmp_path, 3)  # of the same step, the later history is kept
+    assert load_checkpoint(tmp_path / "abandoned-checkpoint-6")[2] == {"step": "another 6"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "checkpoint-2",
+        "checkpoint-3",
+        "abandoned-checkpoint-6",
+        "abandoned-checkpoint-10",
+    }
+    assert newest_sound(tmp_path) == (tmp_path / "checkpoint-3", [])
+
+
+def test_sweep(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 3, WEIGHTS, OPTIMIZER, STATE)
+    for name in (".checkpoint-4.writing", ".checkpoint-3.writing"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"half")
+    sweep(tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint-3"]
+    assert damage(path) is None
+    sweep(tmp_path / "none")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -121,7 +122,35 @@ def test_mistakes_are_one_line(
 
 
 @pytest.mark.parametrize("value", ["0", "-5"])
-def test_a_budget_is_positive(run: Outcome, tmp_path: Path, value: str) -> None:
-    with pytest.raises(SystemExit) as end:
-        call("predict", str(run.folder), "--text", "a", "--max_tokens_per_device", value, cache=tmp_path)
-    assert end.value.code == 2
+def test_a_budget_is_positive(run: Outcome, tmp_path: Path, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("predict", str(run.folder), "--text", "a", f"--max_tokens_per_device={value}", cache=tmp_path) == 2
+    shown = capsys.readouterr()
+    assert shown.err == f"error: --max_tokens_per_device {value}: give a positive number of tokens\n"
+
+
+OLD_SPELLINGS = """
+import sys
+from accel_trainer.cli import main
+assert main(["check", "old.yaml"]) == 0
+assert main(["show", "old.yaml", "training.lr=0.5"]) == 0
+"""
+
+
+def test_old_spellings_are_told_on_stderr(tmp_path: Path) -> None:
+    recipe = write_recipe_in(tmp_path, "old.yaml")
+    values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    values["training"]["num_epochs"] = values["training"].pop("num_train_epochs")
+    values["training"]["optim"] = "adamw_hf"
+    recipe.write_text(yaml.safe_dump(values), encoding="utf-8")
+    done = python(OLD_SPELLINGS, tmp_path)
+    assert done.code == 0, done.err
+    told = [
+        "old.yaml: training.num_epochs is read as training.num_train_epochs",
+        "old.yaml: training.optim: adamw_hf is read as adamw_torch",
+    ]
+    assert sorted(re.sub(r":\d+:", ":", line) for line in done.err.splitlines()) == sorted(
+        [*told, *told, "command line: training.lr is read as training.learning_rate"]
+    )
+    first, shown = done.out.split("\n", 1)
+    assert first == "old.yaml: no mistakes"
+    assert yaml.safe_load(shown)["training"]["learning_rate"] == 0.5

@@ -26,7 +26,8 @@ def no_launch(tmp_path: Path) -> Iterator[None]:
 
 def test_processes_that_ignore_each_other_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")  # no rendezvous beside it, as PyTorchJob and MPI wrappers may leave it
-    monkeypatch.setattr(hardware, "_any_accelerator", lambda: True)  # so that nothing tells Accelerate of the CPU
+    # So that nothing tells Accelerate of the CPU.
+    monkeypatch.setattr(hardware.torch.accelerator, "is_available", lambda *_, **__: True)
     monkeypatch.delenv("ACCELERATE_USE_CPU")
     with pytest.raises(HardwareError, match=r"the launcher started 2 processes \(WORLD_SIZE\), but Accelerate runs 1"):
         hardware.start_accelerator()
@@ -118,6 +119,10 @@ def test_budget_is_the_users_or_the_devices() -> None:
     accelerator = hardware.start_accelerator()
     assert hardware.tokens_per_device(accelerator, 77) == 77
     assert hardware.tokens_per_device(accelerator, None) == 4096
+    assert hardware.tokens_per_device(accelerator, 1) == 1
+    for given in (0, -5):
+        with pytest.raises(UserError, match=rf"--max_tokens_per_device {given}: give a positive number"):
+            hardware.tokens_per_device(accelerator, given)
 
 
 def others_say(monkeypatch: pytest.MonkeyPatch, *messages: str | None) -> Any:

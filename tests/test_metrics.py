@@ -129,6 +129,19 @@ def test_detailed_report_counts_what_hands_count(case):
         [scores[key] for key in ("precision", "recall", "f1", "support")] for scores in report["per_class"].values()
     ]
     np.testing.assert_allclose(rows, by_hand(num_labels, references, predictions), rtol=1e-12)
+    supports = np.array([row[3] for row in rows])
+    for name, weights in (("macro", np.full(num_labels, 1 / num_labels)), ("weighted", supports / supports.sum())):
+        scores = report["averages"][name]
+        found = [scores[key] for key in ("precision", "recall", "f1")]
+        np.testing.assert_allclose(found, weights @ np.array(rows)[:, :3], rtol=1e-9, atol=1e-12)
+        assert scores["support"] == len(references)
+    accuracy = pytest.approx(float(np.mean(references == predictions)))
+    assert report["averages"]["micro"] == {
+        "precision": accuracy,
+        "recall": accuracy,
+        "f1": accuracy,
+        "support": len(references),
+    }
     for true, counts in enumerate(report["confusion_matrix"]):
         for predicted, count in enumerate(counts):
             assert count == sum((references == true) & (predictions == predicted))

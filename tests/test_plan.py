@@ -110,9 +110,9 @@ def test_checkpoints_by_steps_by_epochs_and_never():
     assert saves(save_strategy="no") == []
 
 
-def test_lines_are_logged_at_their_multiples():
+def test_lines_are_logged_at_their_multiples_and_at_the_end():
     plan = plan_of(training={"max_steps": 25}, tracking={"logging_steps": 10})
-    assert moments(plan, plan.logs_at) == [10, 20]
+    assert moments(plan, plan.logs_at) == [10, 20, 25]
     assert moments(plan_of(tracking={"logging_steps": 1}), plan_of(tracking={"logging_steps": 1}).logs_at) == [
         *range(1, 11)
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from support import reviews, write_csv
 from accel_trainer import predict
 from accel_trainer.errors import DataError, UserError
 from accel_trainer.predict import Classifier, evaluate_file, load_classifier, predict_file, predict_texts
+from accel_trainer.tracking import speak_on
 
 
 @pytest.fixture(scope="module")
@@ -220,3 +222,61 @@ def test_no_model(tmp_path: Path) -> None:
     (tmp_path / "status.json").write_text("{}")
     with pytest.raises(UserError, match="the run has no model yet"):
         load_classifier(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "parquet"])
+@pytest.mark.parametrize("first_kind", ["csv", "jsonl", "parquet"])
+def test_labelled_again_in_another_kind(
+    classifier: Classifier, many: list[dict[str, str]], tmp_path: Path, first_kind: str, kind: str
+) -> None:
+    """The columns that were added are replaced, whatever they held, and come once."""
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in many), encoding="utf-8")
+    first, direct, again = tmp_path / f"first.{first_kind}", tmp_path / f"direct.{kind}", tmp_path / f"again.{kind}"
+    predict_file(classifier, source, first, None)
+    if first_kind == "csv":
+        text = first.read_text(encoding="utf-8")
+        first.write_text(text.replace(",yes,", ",of another model,").replace(",no,", ",of another,"), encoding="utf-8")
+    predict_file(classifier, source, direct, None)
+    predict_file(classifier, first, again, None)
+    if kind == "parquet":
+        assert pyarrow.parquet.read_table(again).to_pylist() == pyarrow.parquet.read_table(direct).to_pylist()
+    else:
+        assert again.read_bytes() == direct.read_bytes()
+
+
+def test_a_recipe_of_another_version(
+    run: Outcome, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict.logger, "propagate", False)
+    speak_on(True)
+    texts = [text for text, _ in reviews(3)]
+    for name, text in (("key", "training: {of_tomorrow: 1}\n"), ("yaml", "a: [")):
+        folder = tmp_path / name
+        shutil.copytree(run.folder, folder)
+        (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+        with alone_on_the_cpu(tmp_path / "cache"):
+            classifier = load_classifier(str(folder))
+            assert classifier.recipe is None
+            check(predict_texts(classifier, texts), predict_texts(load_classifier(str(run.folder)), texts))
+            scores, _ = evaluate_file(classifier, write_csv(tmp_path / "in.csv", [("good", "yes"), ("cold", "no")]))
+        assert "accuracy" in scores
+        shown = capsys.readouterr().err
+        assert f"{folder / 'recipe.yaml'}: not a recipe of this version; columns and metrics are the usual" in shown
+        assert "Traceback" not in shown
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_trust_reaches_the_metrics(
+    classifier: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusted: bool
+) -> None:
+    asked: list[bool] = []
+    load = predict.metrics.load_metrics
+    monkeypatch.setattr(
+        predict.metrics,
+        "load_metrics",
+        lambda names, *, allow_remote_code: (asked.append(allow_remote_code), load(names))[1],
+    )
+    source = write_csv(tmp_path / "in.csv", [("good", "yes"), ("cold", "no")])
+    evaluate_file(classifier, source, trust_remote_code=trusted)
+    assert asked == [trusted]

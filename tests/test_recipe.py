@@ -39,6 +39,24 @@ RULES: list[tuple[dict[str, Any], list[str]]] = [
     ({"training.warmup_steps": 11}, ["warmup_steps"]),
     ({"training.lr_scheduler_kwargs": {"power": 2}}, ["lr_scheduler_kwargs"]),
     ({"training.lr_scheduler_type": "warmup_stable_decay"}, ["lr_scheduler_kwargs"]),
+    ({"training.lr_scheduler_type": "constant", "training.warmup_steps": 1}, ["warmup_steps"]),
+    ({"training.lr_scheduler_type": "constant", "training.warmup_steps": 0.1}, ["warmup_steps"]),
+    *(
+        (
+            {
+                "training.lr_scheduler_type": "warmup_stable_decay",
+                "training.lr_scheduler_kwargs": {"num_decay_steps": 2, "decay_type": curve},
+            },
+            ["lr_scheduler_kwargs"],
+        )
+        for curve in ("line", 3)
+    ),
+    (
+        {"training.lr_scheduler_type": "polynomial", "training.lr_scheduler_kwargs": {"power": "2"}},
+        ["lr_scheduler_kwargs"],
+    ),
+    ({"evaluation.metrics": ["org/m"], "evaluation.metric_for_best_model": "m_f1"}, ["metric_for_best_model"]),
+    ({"evaluation.metrics": ["f1"], "evaluation.metric_for_best_model": "f1_macro"}, ["metric_for_best_model"]),
     ({"training.lr_scheduler_type": "cosine_with_min_lr"}, ["lr_scheduler_kwargs"]),
     ({"evaluation.metrics": ["f1", "f1"]}, ["metrics"]),
     ({"evaluation.metric_for_best_model": "f2"}, ["metric_for_best_model"]),

@@ -20,7 +20,7 @@ from sample_files import MINIMAL, SCALARS
 from accel_trainer import recipe_file
 from accel_trainer.draft import Draft
 from accel_trainer.errors import Mistake, RecipeError
-from accel_trainer.recipe import Recipe
+from accel_trainer.recipe import CURVES, Recipe
 from accel_trainer.recipe_file import COMMAND_LINE, json_schema, load_recipe, parse_recipe, schema_text, to_yaml
 from accel_trainer.yaml_text import _SYNTAX
 
@@ -439,8 +439,8 @@ def recipes(draw: st.DrawFn) -> Recipe:
             "global_batch_size": draw(st.integers(1, 10**9)),
             "num_train_epochs": draw(rates),
             "learning_rate": draw(rates),
-            "lr_scheduler_type": "polynomial",
-            "lr_scheduler_kwargs": draw(st.fixed_dictionaries({}, optional={"power": rates | st.integers() | words})),
+            "lr_scheduler_type": "warmup_stable_decay",
+            "lr_scheduler_kwargs": draw(st.fixed_dictionaries({"num_decay_steps": rates | st.integers()}, optional={"decay_type": st.sampled_from(CURVES)})),
             "warmup_steps": draw(st.floats(0, 0.99) | st.integers(0, 99)),
         },
         "tracking": {"project_name": draw(words), "report_to": draw(st.lists(st.sampled_from(["tensorboard", "mlflow", "wandb"])))},

@@ -6,13 +6,13 @@ import errno
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from accel_trainer.errors import Interrupted, RunFolderError, TrainingFailed, UserError
 from accel_trainer.run_folder import RunFolder, open_run_folder, watched, write_json, write_text
+from accel_trainer.writing import committed
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_status_is_true_however_the_run_ends(folder: RunFolder, end: str) -> Non
     def block() -> None:
         with watched(folder, is_main_process=True) as watch:
             assert folder.status() == {"state": "running", "exit_code": None, "step": 0, "reason": None}
-            watch.state = SimpleNamespace(step=7)
+            watch.steps_done = lambda: 7
             if error is not None:
                 raise error
 
@@ -146,3 +146,61 @@ def test_only_the_main_process_writes_status(folder: RunFolder) -> None:
     with watched(folder, is_main_process=False):
         pass
     assert not folder.path.exists()
+
+
+@pytest.mark.parametrize("end", [end for end in ENDS if end not in ("done", "interrupted")])
+def test_an_error_is_not_hidden_by_the_full_disk_it_came_from(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    error, _ = ENDS[end]
+    assert error is not None
+
+    def block() -> None:
+        with watched(folder, is_main_process=True):
+            monkeypatch.setattr(RunFolder, "set_status", full)
+            raise error
+
+    with pytest.raises(type(error)) as caught:
+        block()
+    assert caught.value is error
+
+
+def full(*_: Any, **__: Any) -> None:
+    raise RunFolderError("cannot write status.json: No space left on device")
+
+
+def test_a_mistake_is_noted_where_it_was_made(folder: RunFolder) -> None:
+    folder.note_mistake(UserError("bad key"), resume=False)
+    assert folder.status() == {"state": "failed", "exit_code": 2, "step": 0, "reason": "bad key"}
+    folder.note_mistake(UserError("bad value"), resume=False)  # a folder with nothing but a mistake is free
+    assert folder.status()["reason"] == "bad value"
+    folder.set_status("interrupted", 4, 75, "stopped")
+    folder.append_metrics({"step": 1})
+    folder.note_mistake(UserError("not this run's"), resume=False)
+    assert folder.status()["reason"] == "stopped"
+    folder.note_mistake(UserError("this run's"), resume=True)
+    assert folder.status() == {"state": "failed", "exit_code": 2, "step": 4, "reason": "this run's"}
+    folder.set_status("running", 5)
+    folder.note_mistake(UserError("a second launch"), resume=True)
+    assert folder.status()["state"] == "running"
+
+
+def test_a_mistake_that_cannot_be_noted_is_still_told(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RunFolder, "set_status", full)
+    folder.note_mistake(UserError("bad key"), resume=False)
+
+
+def test_the_step_of_weights(folder: RunFolder) -> None:
+    assert folder.weights_step(folder.best) is None
+    with committed(folder.best) as writing:
+        (writing / "training.json").write_text('{"step": 12}')
+        (writing / "model.safetensors").write_bytes(b"12345")
+    assert folder.weights_step(folder.best) == 12
+    (folder.best / "model.safetensors").write_bytes(b"12346")
+    assert folder.weights_step(folder.best) is None
+
+
+def test_the_best_of_before_lies_beside_the_best(folder: RunFolder) -> None:
+    assert folder.best_before == folder.path / ".best-before"
+    folder.best_before.mkdir(parents=True)
+    assert not folder.holds_a_run

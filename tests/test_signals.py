@@ -11,8 +11,9 @@ import pytest
 import torch
 from harness import OneOfMany
 
+from accel_trainer import signals
 from accel_trainer.errors import Interrupted
-from accel_trainer.signals import StopRequest, interrupted_by_signals
+from accel_trainer.signals import StopRequest, StopSignal, interrupted_by_signals
 
 ALONE: Any = OneOfMany(0, 1)
 
@@ -49,10 +50,75 @@ def test_a_signal_outside_of_steps_interrupts_at_once(number: signal.Signals) ->
     assert signal.getsignal(number) is before
 
 
-def test_a_second_signal_does_not_wait_for_the_step() -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_no_library_takes_it_for_its_own_failure(number: signal.Signals) -> None:
+    """A Hub client, for one, meets a failed download by trying again."""
+    attempts = 0
+
+    def persistent() -> None:
+        nonlocal attempts
+        while attempts < 5:
+            attempts += 1
+            try:
+                os.kill(os.getpid(), number)
+            except Exception:
+                continue
+
+    with pytest.raises(Interrupted), interrupted_by_signals():
+        persistent()
+    assert attempts == 1
+
+
+def test_the_stop_signal_is_a_keyboard_interrupt_inside() -> None:
+    def inside() -> None:
+        with pytest.raises(StopSignal) as caught:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert isinstance(caught.value, KeyboardInterrupt)
+        raise caught.value
+
+    with pytest.raises(Interrupted) as told, interrupted_by_signals():
+        inside()
+    assert isinstance(told.value.__cause__, StopSignal)
+    assert told.value.exit_code == 75
+
+
+class Time:
+    def __init__(self) -> None:
+        self.now = 50.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Time:
+    own = Time()
+    monkeypatch.setattr(signals, "time", own)
+    return own
+
+
+def test_a_storm_is_one_request(clock: Time) -> None:
+    """A scheduler repeats SIGTERM for as long as it likes; a launcher and a terminal both send the first SIGINT."""
+    with pytest.raises(Interrupted, match="honoured"), interrupted_by_signals(), StopRequest() as stop:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+            clock.now += signals.IMPATIENCE / 4
+        for _ in range(20):
+            clock.now += 10
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.agreed(ALONE)
+        raise Interrupted("honoured")
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_an_impatient_ctrl_c_does_not_wait_for_the_step(clock: Time, first: signal.Signals) -> None:
     with pytest.raises(Interrupted, match="interrupted; run"), interrupted_by_signals(), StopRequest():
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), first)
+        clock.now += signals.IMPATIENCE
+        os.kill(os.getpid(), signal.SIGINT)
+        clock.now += 0.01
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("went on")
 
 
 def test_handlers_are_given_back() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,16 +22,16 @@ from harness import (
     NO_DROPOUT,
     OneOfMany,
     Outcome,
-    SignalAt,
     alone_on_the_cpu,
     python,
     run_trainer,
+    signal_at,
     write_recipe_in,
 )
+from safetensors.torch import load_file
 from support import reviews, write_csv
 
 from accel_trainer import order
-from accel_trainer.plan import TrainingPlan
 
 FIVE_STEPS = {"global_batch_size": 16, "max_steps": 5, "num_train_epochs": None}
 
@@ -126,7 +130,7 @@ def test_results(whole: Outcome) -> None:
     assert results["train"]["examples"] == 60
     assert 0 <= results["train"]["padding_avoided"] < 1
     for split, rows in (("validation", 20), ("test", 10)):
-        assert {"loss", "accuracy", "f1", "per_class", "confusion_matrix"} <= set(results[split])
+        assert {"loss", "accuracy", "f1", "per_class", "averages", "confusion_matrix"} <= set(results[split])
         assert np.sum(results[split]["confusion_matrix"]) == rows
 
 
@@ -166,8 +170,6 @@ def test_the_best_weights_are_kept(whole: Outcome) -> None:
     results = whole.json("results.json")
     assert (results["train"]["best_step"], results["train"]["best_metric"]) == (best["step"], best["f1"])
     assert results["validation"]["f1"] == best["f1"]
-    from safetensors.torch import load_file
-
     saved = load_file(whole.folder / "checkpoints" / f"checkpoint-{best['step']}" / "model.safetensors")
     for folder in ("best", "model"):
         weights = load_file(whole.folder / folder / "model.safetensors")
@@ -191,6 +193,7 @@ def test_the_lowest_loss_is_best_by_default(place: Path) -> None:
     assert outcome.json("results.json")["train"]["best_step"] == best
     assert outcome.json("results.json")["validation"]["loss"] == losses[best]
     assert not (outcome.folder / "checkpoints").exists()
+    assert list(outcome.folder.rglob(".*")) == []
 
     last = run_trainer(recipe, place / "last", "saving.load_best_model_at_end=false")
     assert last.json("results.json")["validation"]["loss"] == losses[max(losses)] != losses[best]
@@ -350,7 +353,15 @@ def test_averaged_gradients_are_those_of_the_global_batch(
         unclipped = resolved.model_copy(
             update={"training": resolved.training.model_copy(update={"max_grad_norm": None})}
         )
-        done = training_step(accelerator, model, optimizer, scheduler, split, unclipped, step, max_tokens)
+        run: Any = SimpleNamespace(
+            accelerator=accelerator,
+            inputs=dataclasses.replace(inputs, recipe=unclipped),
+            model=model,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            max_tokens=max_tokens,
+        )
+        done = training_step(run, step)
         assert len(updates) == 1
         assert scheduler.get_last_lr() == [9.0]
         assert done.learning_rate == 10.0
@@ -414,7 +425,7 @@ def test_resume_passes_over_a_damaged_checkpoint(place: Path, whole: Outcome) ->
     assert "checkpoint-8 is damaged" in outcome.err
     assert "step 7 of 8" in outcome.err
     assert same_weights(outcome, whole)
-    assert outcome.checkpoints() == ["checkpoint-8"]
+    assert outcome.checkpoints() == ["abandoned-checkpoint-8", "checkpoint-8"]
 
 
 def test_resume_without_checkpoints_starts(place: Path, whole: Outcome) -> None:
@@ -467,6 +478,31 @@ def test_resume_refuses_other_data(place: Path, whole: Outcome) -> None:
     assert run_trainer(place / "whole.yaml", folder, "--resume", f"dataset.path={data}").code == 0
 
 
+@pytest.mark.parametrize("entry", ["layer_norm_eps", "hidden_dropout_prob"])
+def test_resume_refuses_another_config_of_the_checkpoint(place: Path, whole: Outcome, entry: str) -> None:
+    """Nothing in the recipe says what the checkpoint's config holds, but every step depends on it."""
+    other, folder = place / f"other-{entry}", place / f"other-{entry}-run"
+    shutil.copytree(whole.folder / "model", other)
+    recipe = write_recipe_in(
+        place,
+        f"other-{entry}.yaml",
+        model={"checkpoint": str(other), "from_config": None, "train_tokenizer": None},
+        training={"max_steps": 2},
+        saving={"save_strategy": "steps", "save_steps": 1},
+    )
+    assert run_trainer(recipe, folder).code == 0
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-2")
+    config = json.loads((other / "config.json").read_text(encoding="utf-8"))
+    before = config[entry]
+    config[entry] = 0.25
+    (other / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    refused = run_trainer(recipe, folder, "--resume")
+    assert refused.code == 2
+    assert f"  config.{entry}: {before!r} in the checkpoint, 0.25 now" in refused.err.splitlines()
+    assert refused.err.count(" in the checkpoint, ") == 1
+    assert run_trainer(recipe, folder, "--resume", "--allow_changed", f"config.{entry}").code == 0
+
+
 def test_what_is_no_mathematics_may_change(place: Path, whole: Outcome) -> None:
     folder = place / "talkative"
     shutil.copytree(whole.folder, folder)
@@ -485,9 +521,9 @@ def test_logged_losses_are_means_over_examples(place: Path, plain: Outcome) -> N
         place / "plain.yaml", place / "every-3", "tracking.logging_steps=3", "saving.save_strategy=steps",
         "saving.save_steps=4", "evaluation.eval_strategy=steps", "evaluation.eval_steps=2",
     )  # fmt: skip
-    assert [line["step"] for line in outcome.steps] == [3, 6]
+    assert [line["step"] for line in outcome.steps] == [3, 6, 8]
     for line in outcome.steps:
-        part = slice(line["step"] - 3, line["step"])
+        part = slice((line["step"] - 1) // 3 * 3, line["step"])
         assert line["loss"] == pytest.approx(np.average(plain.losses[part], weights=sizes[part]), abs=1e-6)
     shutil.rmtree(outcome.folder / "checkpoints" / "checkpoint-8")
     resumed = run_trainer(
@@ -498,13 +534,9 @@ def test_logged_losses_are_means_over_examples(place: Path, plain: Outcome) -> N
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_stops(
-    place: Path, whole: Outcome, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_signal_saves_and_stops(place: Path, whole: Outcome, number: signal.Signals) -> None:
     folder = place / f"stopped-{number}"
-    with monkeypatch.context() as patch:
-        hook = SignalAt(3, number)
-        patch.setattr(TrainingPlan, "logs_at", lambda plan, step: hook(plan, step))
+    with signal_at(3, number):
         stopped = run_trainer(place / "whole.yaml", folder, "saving.save_steps=100")
     assert stopped.code == 75, stopped.err
     assert "interrupted after step 3 of 8; continue with --resume" in stopped.err
@@ -519,12 +551,34 @@ def test_a_signal_saves_and_stops(
     assert same_weights(resumed, whole)
 
 
-def test_a_signal_saves_even_where_nothing_else_does(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hook = SignalAt(2)
-    monkeypatch.setattr(TrainingPlan, "logs_at", lambda plan, step: hook(plan, step))
-    outcome = run_trainer(place / "whole.yaml", place / "stopped-unsaved", "saving.save_strategy=no")
+def test_a_signal_saves_even_where_nothing_else_does(place: Path) -> None:
+    with signal_at(2, signal.SIGTERM):
+        outcome = run_trainer(place / "whole.yaml", place / "stopped-unsaved", "saving.save_strategy=no")
     assert outcome.code == 75
     assert outcome.checkpoints() == ["checkpoint-2"]
+
+
+def test_a_storm_of_signals_while_saving(place: Path, whole: Outcome, monkeypatch: pytest.MonkeyPatch) -> None:
+    from accel_trainer import checkpoint
+
+    save: Callable[..., None] = checkpoint.save_file
+
+    def stormy(*arguments: Any, **keywords: Any) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        save(*arguments, **keywords)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    folder = place / "storm"
+    with monkeypatch.context() as patch, signal_at(3, signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+        patch.setattr(checkpoint, "save_file", stormy)
+        stopped = run_trainer(place / "whole.yaml", folder, "saving.save_steps=100")
+    assert stopped.code == 75, stopped.err
+    assert stopped.checkpoints() == ["checkpoint-3"]
+    assert stopped.json("status.json")["state"] == "interrupted"
+    resumed = run_trainer(place / "whole.yaml", folder, "--resume", "saving.save_steps=100")
+    assert resumed.lines == whole.lines
+    assert same_weights(resumed, whole)
 
 
 def test_the_recipe_of_a_run_runs_again(place: Path, whole: Outcome) -> None:
@@ -536,6 +590,146 @@ def test_the_recipe_of_a_run_runs_again(place: Path, whole: Outcome) -> None:
     )
     assert again == pinned
     assert set(pinned["dataset"]["sha256"]) == {"train", "validation", "test"}
+
+
+# --- the best weights across restarts
+
+# At this rate the loss falls and rises, so that the best step is neither the first nor the last.
+BEST = {
+    "training": {"learning_rate": 0.05, "lr_scheduler_type": "constant", "num_train_epochs": 2},
+    "evaluation": {"eval_strategy": "steps", "eval_steps": 1, "metrics": ["accuracy"]},
+    "saving": {"save_strategy": "steps", "save_steps": 100},
+}
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL, as far as weights and checkpoints go."""
+
+
+@contextmanager
+def killed_before_save(step: int) -> Iterator[None]:
+    """Die after that step's evaluation, when the best weights are exchanged and the checkpoint is not begun."""
+    from accel_trainer import train
+
+    save = train.save
+
+    def dying(run: Any) -> None:
+        if run.state.step == step:
+            raise Killed
+        save(run)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "save", dying)
+        yield
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place: Path) -> Outcome:
+    outcome = run_trainer(write_recipe_in(place, "best.yaml", **BEST), place / "undisturbed")
+    assert outcome.code == 0, outcome.err
+    return outcome
+
+
+def improvements(outcome: Outcome) -> list[int]:
+    """Steps at which the loss was the lowest so far."""
+    steps, lowest = [], math.inf
+    for line in outcome.evaluations:
+        if line["loss"] < lowest:
+            steps, lowest = [*steps, line["step"]], line["loss"]
+    return steps
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_a_kill_between_a_new_best_and_the_next_checkpoint(place: Path, undisturbed: Outcome, every: int) -> None:
+    """The state that is restored remembers a best of before; its weights must be there still."""
+    found = improvements(undisturbed)
+    assert len(found) >= 2
+    assert found[-1] < 16
+    # The save after the last improvement, or, if that is best long since, the first one after it.
+    step = -(-found[-1] // every) * every
+    folder = place / f"killed-{every}"
+    with killed_before_save(step):
+        run_trainer(place / "best.yaml", folder, f"saving.save_steps={every}")
+    assert (folder / ".best-before").exists() == (step > every)  # without a checkpoint nothing remembers it
+    resumed = run_trainer(place / "best.yaml", folder, "--resume", f"saving.save_steps={every}")
+    assert resumed.code == 0, resumed.err
+    assert "the best weights so far" not in resumed.err
+    assert resumed.lines == undisturbed.lines
+    assert same_weights(resumed, undisturbed)
+    assert resumed.json("results.json")["validation"] == undisturbed.json("results.json")["validation"]
+    assert list(folder.rglob(".*")) == []
+
+
+def test_a_kill_while_the_old_best_was_deleted(place: Path, undisturbed: Outcome) -> None:
+    """What is left of it is in nobody's way when the run is killed once more, after the next best."""
+    folder, step = place / "killed-twice", improvements(undisturbed)[-1]
+    with killed_before_save(step):
+        run_trainer(place / "best.yaml", folder, "saving.save_steps=1")
+    shutil.rmtree(folder / "best")
+    (folder / ".best-before").rename(folder / "best")  # as after the checkpoint before
+    (folder / ".best-before").mkdir()
+    with killed_before_save(step):
+        run_trainer(place / "best.yaml", folder, "--resume", "saving.save_steps=1")
+    resumed = run_trainer(place / "best.yaml", folder, "--resume", "saving.save_steps=1")
+    assert resumed.code == 0, resumed.err
+    assert "the best weights so far" not in resumed.err
+    assert resumed.lines == undisturbed.lines
+    assert same_weights(resumed, undisturbed)
+
+
+def test_a_kill_before_the_first_checkpoint(place: Path, undisturbed: Outcome) -> None:
+    folder = place / "killed-early"
+    with killed_before_save(5):
+        run_trainer(place / "best.yaml", folder, "saving.save_steps=5")
+    resumed = run_trainer(place / "best.yaml", folder, "--resume", "saving.save_steps=5")
+    assert "starting from the beginning" in resumed.err
+    assert resumed.lines == undisturbed.lines
+    assert same_weights(resumed, undisturbed)
+
+
+def test_the_best_of_an_abandoned_history_is_forgotten(place: Path, undisturbed: Outcome) -> None:
+    """Back to an older checkpoint with another rate: what the final model holds was reached on this way."""
+    folder = place / "other-history"
+    run_trainer(place / "best.yaml", folder, "saving.save_steps=1")
+    best = improvements(undisturbed)[-1]
+    old = folder / "checkpoints" / f"checkpoint-{best - 1}"
+    changed = ("training.learning_rate=1e-12", "--allow_changed", "training.learning_rate")
+    outcome = run_trainer(
+        place / "best.yaml", folder, "--resume_from_checkpoint", str(old), "saving.save_steps=1", *changed
+    )
+    assert outcome.code == 0, outcome.err
+    assert f"the best weights so far, of step {improvements(undisturbed)[-2]}, are no longer in" in outcome.err
+    step = outcome.json("results.json")["train"]["best_step"]
+    assert step >= best
+    assert json.loads((folder / "best" / "training.json").read_text()) == {"step": step}
+    contained = load_file(folder / "checkpoints" / f"checkpoint-{step}" / "model.safetensors")
+    assert all(torch.equal(contained[name], weight) for name, weight in outcome.weights.items())
+    [line] = [line for line in outcome.evaluations if line["step"] == step]
+    assert outcome.json("results.json")["validation"]["loss"] == line["loss"]
+    names = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert names == {f"checkpoint-{k}" for k in range(1, 17)} | {f"abandoned-checkpoint-{k}" for k in range(best, 17)}
+    again = run_trainer(place / "best.yaml", folder, "--resume", "saving.save_steps=1", changed[0])
+    assert again.code == 0, again.err  # the newest is of this history
+
+
+def test_best_weights_that_are_gone_at_the_end(place: Path, undisturbed: Outcome, monkeypatch: Any) -> None:
+    from accel_trainer import train
+
+    finish = train.finish
+
+    def robbed(run: Any) -> Any:
+        (run.folder.best / "model.safetensors").write_bytes(b"")
+        return finish(run)
+
+    folder = place / "robbed"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "finish", robbed)
+        outcome = run_trainer(place / "best.yaml", folder)
+    assert outcome.code == 2
+    assert f"the weights of step {improvements(undisturbed)[-1]} are not there or damaged" in outcome.err
+    assert not (folder / "model").exists()
+    mended = run_trainer(place / "best.yaml", folder, "--resume", "saving.load_best_model_at_end=false")
+    assert mended.code == 0, mended.err
 
 
 # --- durations and moments
@@ -599,6 +793,117 @@ def test_a_batch_larger_than_the_data(place: Path) -> None:
     outcome = run_trainer(recipe, place / "large")
     assert outcome.code == 0, outcome.err
     assert len(outcome.steps) == 2
+
+
+# --- fp16
+
+
+@contextmanager
+def half_precision(power: int, overflowing: Callable[[int], bool]) -> Iterator[list[tuple[bool, bool]]]:
+    """A real GradScaler of 2^power around float32, and gradients that overflow at some attempts, counted from 1.
+
+    Scaling by powers of two is exact, so that nothing but the scaler differs from a plain run. Yields, for every attempt,
+    whether it overflowed and what Accelerate said of it.
+    """
+    from accel_trainer import hardware, train
+
+    start, prepare, losses_of, step_of = (
+        hardware.start_accelerator,
+        train.prepare,
+        train.example_losses,
+        train.training_step,
+    )
+    attempts: list[tuple[bool, bool]] = []
+
+    def started(*arguments: Any) -> Any:
+        accelerator = start(*arguments)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**power)
+        return accelerator
+
+    def prepared(*arguments: Any, **keywords: Any) -> Any:
+        run = prepare(*arguments, **keywords)
+        assert run.optimizer.scaler is run.accelerator.scaler
+        run.accelerator.native_amp = True  # so that it unscales before it clips
+        run.accelerator.state._mixed_precision = "fp16"
+        return run
+
+    def attempted(run: Any, step: int) -> Any:
+        def snapshot() -> Any:
+            weights = {name: weight.clone() for name, weight in run.model.state_dict().items()}
+            state = run.optimizer.optimizer.state
+            moments = [value.clone() for entries in state.values() for value in entries.values() if value.any()]
+            return weights, moments, run.scheduler.last_epoch, run.scheduler.get_last_lr()
+
+        before, scale = snapshot(), run.accelerator.scaler.get_scale()
+        try:
+            done = step_of(run, step)
+        except train.GradientOverflow:
+            attempts.append((True, run.optimizer.step_was_skipped))
+            torch.testing.assert_close(snapshot(), before, rtol=0, atol=0)
+            assert run.accelerator.scaler.get_scale() == scale / 2
+            assert all(parameter.grad is None for parameter in run.model.parameters())
+            raise
+        attempts.append((False, run.optimizer.step_was_skipped))
+        assert run.scheduler.last_epoch == step + 1
+        return done
+
+    def losses(*arguments: Any) -> torch.Tensor:
+        return losses_of(*arguments) * (float("inf") if overflowing(len(attempts) + 1) else 1.0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hardware, "start_accelerator", started)
+        patch.setattr(train, "prepare", prepared)
+        patch.setattr(train, "training_step", attempted)
+        patch.setattr(train, "example_losses", losses)
+        yield attempts
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])
+def test_overflows_change_nothing(place: Path, optim: str) -> None:
+    """A fused AdamW skips inside its kernel, where Accelerate does not see it; SGD is skipped by the scaler."""
+    recipe = write_recipe_in(place, f"half-{optim}.yaml", training={"optim": optim, "learning_rate": 0.05})
+    saving = ("saving.save_strategy=steps", "saving.save_steps=4")
+    with half_precision(12, lambda attempt: False) as attempts:
+        smooth = run_trainer(recipe, place / f"half-smooth-{optim}", *saving)
+    assert smooth.code == 0, smooth.err
+    assert attempts == [(False, False)] * 8
+    with half_precision(12, lambda attempt: attempt in (1, 4, 5)) as attempts:
+        outcome = run_trainer(recipe, place / f"half-rough-{optim}", *saving)
+    assert outcome.code == 0, outcome.err
+    seen = optim == "sgd"
+    steps = [True, False, False, True, True, *[False] * 6]
+    assert attempts == [(overflowed, overflowed and seen) for overflowed in steps]
+    assert outcome.lines == smooth.lines
+    assert same_weights(outcome, smooth)
+    assert outcome.json("results.json")["train"]["overflows"] == 3
+    state = json.loads((outcome.folder / "checkpoints/checkpoint-8/trainer_state.json").read_text())
+    assert state["scaler"]["scale"] == 2.0**9
+    plain = run_trainer(recipe, place / f"half-plain-{optim}", *saving)
+    np.testing.assert_allclose(outcome.losses, plain.losses, rtol=0, atol=1e-6)
+
+    shutil.rmtree(outcome.folder / "checkpoints" / "checkpoint-8")
+    with half_precision(12, lambda attempt: False):  # the scale comes back with the checkpoint
+        resumed = run_trainer(recipe, outcome.folder, "--resume", *saving)
+    assert resumed.lines == smooth.lines
+    assert same_weights(resumed, smooth)
+    again = json.loads((outcome.folder / "checkpoints/checkpoint-8/trainer_state.json").read_text())
+    assert again["scaler"] == state["scaler"]
+    assert again["state"]["overflows"] == 3
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])
+def test_a_gradient_that_is_never_finite(place: Path, optim: str) -> None:
+    recipe = write_recipe_in(place, f"never-{optim}.yaml", training={"optim": optim})
+    saving = ("saving.save_strategy=steps", "saving.save_steps=1")
+    with half_precision(4, lambda attempt: attempt > 2) as attempts:
+        outcome = run_trainer(recipe, place / f"never-{optim}", *saving)
+    assert outcome.code == 1
+    assert "the gradient of step 3 is not finite in fp16 at any scale; use bf16 or float32" in outcome.err
+    assert "Traceback" not in outcome.err
+    assert len(attempts) == 2 + 4  # at scales 16, 8, 4 and 2; at 1 it failed
+    assert outcome.checkpoints() == ["checkpoint-1", "checkpoint-2"]
+    status = outcome.json("status.json")
+    assert (status["state"], status["exit_code"], status["step"]) == ("failed", 1, 2)
 
 
 # --- settings
@@ -757,6 +1062,30 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
 }
 
 
+def test_old_spellings_are_told(place: Path) -> None:
+    recipe = write_recipe_in(place, "old.yaml", training={"num_train_epochs": None, "num_epochs": 0.5})
+    values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    del values["training"]["num_train_epochs"]
+    recipe.write_text(yaml.safe_dump(values), encoding="utf-8")
+    outcome = run_trainer(recipe, place / "old", "training.lr=0.002", "training.optim=adamw_hf")
+    assert outcome.code == 0, outcome.err
+    for said in (
+        "training.num_epochs is read as training.num_train_epochs",
+        "command line: training.lr is read as training.learning_rate",
+        "command line: training.optim: adamw_hf is read as adamw_torch",
+    ):
+        assert outcome.err.count(said) == 1
+    assert "is read as" not in outcome.out
+
+
+@pytest.mark.parametrize("tokens", [0, -1])
+def test_a_budget_is_positive(place: Path, plain: Outcome, tokens: int) -> None:
+    outcome = run_trainer(place / "plain.yaml", place / f"budget{tokens}", f"--max_tokens_per_device={tokens}")
+    assert outcome.code == 2
+    assert f"error: --max_tokens_per_device {tokens}: give a positive number of tokens" in outcome.err
+    assert outcome.json("status.json")["state"] == "failed"
+
+
 @pytest.mark.parametrize("kind", MISTAKES)
 def test_a_mistake_is_one_message(place: Path, plain: Outcome, kind: str) -> None:
     overrides, said = MISTAKES[kind]
@@ -789,6 +1118,45 @@ def test_a_loss_that_is_not_finite(place: Path, plain: Outcome) -> None:
     assert outcome.json("status.json")["state"] == "failed"
     step = outcome.json("status.json")["step"]
     assert f"checkpoint-{step}" not in outcome.checkpoints()
+
+
+def test_a_gradient_that_is_not_finite(place: Path, whole: Outcome, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its loss is a number still; its weights are none any more, and must not be saved or called best."""
+    from accel_trainer import train
+
+    calls, losses_of = 0, train.example_losses
+
+    def poisoned(*arguments: Any) -> torch.Tensor:
+        nonlocal calls
+        losses, calls = losses_of(*arguments), calls + 1
+        if calls == 4:
+            losses.register_hook(lambda gradient: gradient * float("nan"))
+        return losses
+
+    folder = place / "nan-gradient"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "example_losses", poisoned)
+        outcome = run_trainer(place / "whole.yaml", folder)
+    assert outcome.code == 1
+    assert "the gradient norm is nan at step 4" in outcome.err
+    assert outcome.checkpoints() == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    assert [line["step"] for line in outcome.lines] == [1, 1, 2, 2, 3, 3]
+    resumed = run_trainer(place / "whole.yaml", folder, "--resume")
+    assert resumed.lines == whole.lines
+    assert same_weights(resumed, whole)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite(value: float) -> None:
+    from accel_trainer.errors import TrainingFailed
+    from accel_trainer.run import TrainerState
+    from accel_trainer.train import check_finite
+
+    check_finite(TrainerState(step=3, loss_sum=1e30), 0.0)
+    with pytest.raises(TrainingFailed, match=f"the loss is {value} at step 3"):
+        check_finite(TrainerState(step=3, loss_sum=value), 1.0)
+    with pytest.raises(TrainingFailed, match=f"the gradient norm is {value} at step 3"):
+        check_finite(TrainerState(step=3), value)
 
 
 def test_a_crash_is_told_in_full(place: Path, plain: Outcome, monkeypatch: pytest.MonkeyPatch) -> None:

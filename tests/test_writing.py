@@ -1,0 +1,251 @@
+"""Files and folders that appear whole or not at all, whatever fails while they are written; damage is always found."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from accel_trainer.errors import RunFolderError
+from accel_trainer.writing import MANIFEST, committed, damage, replaced, restore_interrupted
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def fill(folder: Path, text: str) -> None:
+    (folder / "sub").mkdir()
+    (folder / "one.txt").write_text(text)
+    (folder / "sub" / "two.txt").write_text(text * 2)
+
+
+def test_a_folder_appears_whole(tmp_path: Path) -> None:
+    final = tmp_path / "deep" / "final"
+    with committed(final) as writing:
+        fill(writing, "new")
+        assert not final.exists()
+    assert set(contents(final)) == {"one.txt", "sub/two.txt", MANIFEST}
+    assert damage(final) is None
+    assert [path.name for path in final.parent.iterdir()] == ["final"]
+    with committed(final) as writing:
+        (writing / "three.txt").write_text("newer")
+        assert (final / "one.txt").read_text() == "new"
+    assert set(contents(final)) == {"three.txt", MANIFEST}
+    assert [path.name for path in final.parent.iterdir()] == ["final"]
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left")])
+@pytest.mark.parametrize("existed", [True, False])
+def test_an_exception_inside_leaves_what_was(tmp_path: Path, error: BaseException, existed: bool) -> None:
+    final = tmp_path / "final"
+    if existed:
+        with committed(final) as writing:
+            fill(writing, "old")
+    before = contents(tmp_path)
+
+    def interrupted() -> None:
+        with committed(final) as writing:
+            fill(writing, "new")
+            raise error
+
+    with pytest.raises(RunFolderError if isinstance(error, OSError) else type(error)):
+        interrupted()
+    assert contents(tmp_path) == before
+
+
+def test_a_failed_exchange_leaves_the_old_folder_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    final = tmp_path / "final"
+    with committed(final) as writing:
+        fill(writing, "old")
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name.endswith(".writing"):
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(RunFolderError, match="Input/output error"), committed(final) as writing:
+        fill(writing, "new")
+    assert (final / "one.txt").read_text() == "old"
+    assert damage(final) is None
+
+
+def test_manifest_is_inside_before_the_name_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is killed between any two calls leaves no folder without a manifest under the final name."""
+    final = tmp_path / "final"
+    rename, seen = Path.rename, []
+
+    def watching(self: Path, target: Path) -> Path:
+        seen.append((self.name, damage(self)))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", watching)
+    for text in ("first", "second"):
+        with committed(final) as writing:
+            fill(writing, text)
+    assert seen == [(".final.writing", None), ("final", None), (".final.writing", None)]
+
+
+def test_files_reach_the_disk_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (events.append(Path(f"/proc/self/fd/{fd}").readlink().name), fsync(fd))[1]
+    )
+    monkeypatch.setattr(Path, "rename", lambda self, target: (events.append("rename"), rename(self, target))[1])
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("no /proc to read names of descriptors from")
+    with committed(tmp_path / "final") as writing:
+        fill(writing, "x")
+    before, after = events[: events.index("rename")], events[events.index("rename") + 1 :]
+    assert set(before) == {"one.txt", "two.txt", MANIFEST, ".final.writing"}
+    assert after == [tmp_path.name]
+
+
+def test_restore_interrupted(tmp_path: Path) -> None:
+    final, aside = tmp_path / "best", tmp_path / ".best.old"
+    restore_interrupted(final)
+    assert not final.exists()
+    aside.mkdir()
+    (aside / "x").write_text("old")
+    restore_interrupted(final)
+    assert (final / "x").read_text() == "old"
+    assert not aside.exists()
+    aside.mkdir()
+    restore_interrupted(final)
+    assert (final / "x").read_text() == "old"
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "truncated": (lambda folder: os.truncate(folder / "model.safetensors", 20), "has 20 bytes instead of"),
+    "changed": (lambda folder: flip(folder / "optimizer.safetensors"), "other contents"),
+    "missing": (lambda folder: (folder / "trainer_state.json").unlink(), "trainer_state.json is missing"),
+    "replaced by a folder": (
+        lambda folder: ((folder / "trainer_state.json").unlink(), (folder / "trainer_state.json").mkdir()),
+        "trainer_state.json is missing",
+    ),
+    "no manifest": (lambda folder: (folder / MANIFEST).unlink(), "manifest.json cannot be read"),
+    "half a manifest": (lambda folder: os.truncate(folder / MANIFEST, 40), "manifest.json cannot be read"),
+    "manifest of another kind": (lambda folder: (folder / MANIFEST).write_text("[1, 2]"), "manifest.json cannot be"),
+    "manifest without sizes": (lambda folder: (folder / MANIFEST).write_text('{"a": {}}'), "a is missing"),
+    "manifest not text": (lambda folder: (folder / MANIFEST).write_bytes(b"\xff\xfe\x00"), "manifest.json cannot be"),
+    "empty manifest": (lambda folder: (folder / MANIFEST).write_text("{}"), "manifest.json"),
+}
+
+
+@pytest.fixture
+def sound(tmp_path: Path) -> Path:
+    """A committed folder with two binary files and a text."""
+    with committed(tmp_path / "final") as writing:
+        (writing / "model.safetensors").write_bytes(bytes(range(100)))
+        (writing / "optimizer.safetensors").write_bytes(bytes(range(50)))
+        (writing / "trainer_state.json").write_text("{}")
+    return tmp_path / "final"
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damage_is_found(sound: Path, kind: str) -> None:
+    assert damage(sound) is None
+    harm, said = DAMAGES[kind]
+    harm(sound)
+    assert said in (damage(sound) or "")
+
+
+def test_every_byte_counts(sound: Path) -> None:
+    entries = json.loads((sound / MANIFEST).read_text())
+    assert set(entries) == {"model.safetensors", "optimizer.safetensors", "trainer_state.json"}
+    for name in entries:
+        whole = (sound / name).read_bytes()
+        for i in range(len(whole)):
+            (sound / name).write_bytes(whole[:i] + bytes([whole[i] ^ 4]) + whole[i + 1 :])
+            assert damage(sound) is not None
+        (sound / name).write_bytes(whole)
+    assert damage(sound) is None
+
+
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """No file may grow beyond `size` bytes: what the kernel does then is what a full disk does, but for the number."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_that_fills_up_inside_of_safetensors(tmp_path: Path) -> None:
+    """safetensors raises an error of its own, which is no OSError, whatever the system said."""
+    final = tmp_path / "final"
+    with committed(final) as writing:
+        fill(writing, "old")
+    before = contents(tmp_path)
+    tensors = {"a": torch.ones(500_000)}
+    with pytest.raises(SafetensorError, match="I/O error"), files_up_to(1_000_000):
+        save_file(tensors, tmp_path / "x.safetensors")
+    (tmp_path / "x.safetensors").unlink(missing_ok=True)
+    for leftover in tmp_path.glob(".tmp*"):
+        leftover.unlink()
+    with (
+        pytest.raises(RunFolderError, match=r"cannot write .*final: .*File too large.*--resume"),
+        files_up_to(1_000_000),
+        committed(final) as writing,
+    ):
+        save_file(tensors, writing / "model.safetensors")
+    assert contents(tmp_path) == before
+    assert damage(final) is None
+
+
+# --- single files
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    final = tmp_path / "deep" / "x.txt"
+    for text in ("first", "second"):
+        before = final.read_text() if final.exists() else None
+        with replaced(final) as writing:
+            writing.write_text(text)
+            assert (final.read_text() if final.exists() else None) == before
+        assert final.read_text() == text
+        assert [path.name for path in final.parent.iterdir()] == ["x.txt"]
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left")])
+@pytest.mark.parametrize("written", [True, False])
+def test_an_exception_leaves_the_old_file(tmp_path: Path, error: BaseException, written: bool) -> None:
+    final = tmp_path / "x.txt"
+    final.write_text("old")
+
+    def interrupted() -> None:
+        with replaced(final) as writing:
+            if written:
+                writing.write_text("half")
+            raise error
+
+    with pytest.raises(type(error)):
+        interrupted()
+    assert contents(tmp_path) == {"x.txt": b"old"}
+
+
+def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"), replaced(tmp_path / "file" / "x.txt"):
+        pytest.fail("there is nowhere to write")

@@ -13,7 +13,7 @@ quickstart: .venv/.installed
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml -m accel_trainer.train recipes/quickstart.yaml \
 	    --output_dir $(RUN) --resume
 	@echo
-	@$(BIN)/accel-trainer predict $(RUN) --text "The noodles were not bad at all, I would order them again."
+	@$(BIN)/accel-trainer predict $(RUN) --text "Slow delivery, but the dumplings were worth the wait."
 	@$(BIN)/accel-trainer predict $(RUN) --text "等了两个小时，面都坨了，再也不会点这家。"
 	@echo
 	@echo "the run is in $(RUN); start it over with: rm -r $(RUN)"

@@ -123,6 +123,8 @@ def predict_file(
     Raises:
         UserError: a column or text is missing, or the target cannot be written.
     """
+    if target.resolve() == source.resolve():
+        raise UserError(f"--output {target}: it is the input; write elsewhere")
     table = read_files([source])
     columns = _text_columns(classifier, table, text_column, text_pair_column)
     added = {"prediction", "probabilities", *(f"probability_{name}" for name in classifier.label_names)}

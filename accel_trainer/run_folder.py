@@ -85,7 +85,7 @@ class RunFolder:
 
     def note_mistake(self, error: UserError, *, resume: bool) -> None:
         """Say in status.json that a launch ended in a mistake, unless the folder is another run's or a live one's."""
-        if (resume or not self.holds_a_run) and self.status().get("state") != "running":
+        if (resume or not self.holds_a_run) and self.status().get("state") not in ("running", "done"):
             with suppress(RunFolderError):
                 self.set_status("failed", self.status().get("step") or 0, error.exit_code, str(error))
 
@@ -153,14 +153,14 @@ def open_run_folder(folder: RunFolder, *, resume: bool) -> None:
 class Watch:
     """Where `watched` asks how far the run is."""
 
-    def __init__(self) -> None:
-        self.steps_done: Callable[[], int] = lambda: 0
+    def __init__(self, step: int) -> None:
+        self.steps_done: Callable[[], int] = lambda: step
 
 
 @contextmanager
 def watched(folder: RunFolder, is_main_process: bool) -> Iterator[Watch]:
     """Keep status.json true for whoever watches from outside, however the block ends."""
-    watch = Watch()
+    watch = Watch(folder.status().get("step") or 0)  # of the run that is resumed, until its checkpoint is read
 
     def report(state: State, code: int | None = None, reason: str | None = None) -> None:
         if is_main_process:

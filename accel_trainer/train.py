@@ -369,6 +369,7 @@ def finish(run: Run) -> dict[str, Any]:
             inputs.model.load_state_dict(load_file(run.folder.best / "model.safetensors"))
     results: dict[str, Any] = {"train": throughput(run)}
     scores: dict[str, dict[str, float]] = {}
+    reports: list[str] = []
     for role in ("validation", "test"):
         if role not in inputs.splits:
             continue
@@ -378,8 +379,7 @@ def finish(run: Run) -> dict[str, Any]:
             scores[role] = score(run, split, logits)
             details = metrics.detailed_report(logits, split.rows.labels, inputs.label_names)
             results[role] = {**scores[role], **details}
-            if run.is_main:
-                print(f"\n{role}\n{metrics.classification_report(details)}")
+            reports.append(f"\n{role}\n{metrics.classification_report(details)}")
         if run.is_main:
             run.folder.write_predictions(
                 role, artifacts.prediction_rows(split, recipe.dataset, logits, inputs.label_names)
@@ -387,6 +387,7 @@ def finish(run: Run) -> dict[str, Any]:
     write_model(run, run.folder.model, scores, step)
     if run.is_main:
         write_json(run.folder.results, results)
+        print("\n".join(reports))
         print_scores(scores)
         print(f"\nrun: {run.folder.path}\nmodel: {run.folder.model}", flush=True)
     return results

@@ -32,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("train", type=Path)
     parser.add_argument("test", type=Path)
-    parser.add_argument("--text_column", default="text")
+    parser.add_argument("--text_column", default="review")
     parser.add_argument("--label_column", default="label")
     arguments = parser.parse_args()
     train_texts, train_labels = read(arguments.train, arguments.text_column, arguments.label_column)

@@ -2,7 +2,7 @@
 
 Every process computes the division for all of them and takes its own part. Every process gets the same number of
 micro-batches, because a forward or a backward pass may be a collective and nobody may wait for ever; who has fewer is
-given a real example at weight zero. None of this reaches the mathematics, dropout masks apart: the loss is a sum over examples divided by the
+given a real example at weight zero. None of this reaches the mathematics: the loss is a sum over examples divided by the
 size of the global batch, wherever each example is computed.
 """
 

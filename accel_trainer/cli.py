@@ -49,21 +49,19 @@ def predict(arguments: argparse.Namespace) -> int:
         raise UserError("predict: give --text, or --input together with --output")
     if arguments.text_pair and len(arguments.text_pair) != len(arguments.text or []):
         raise UserError("predict: give as many --text_pair as --text")
-    from accel_trainer.predict import load_classifier, predict_file, predict_texts
+    from accel_trainer.predict import load_predictor, predict_file, predict_texts
 
-    classifier = load_classifier(
+    predictor = load_predictor(
         arguments.model,
         max_tokens_per_device=arguments.max_tokens_per_device,
         trust_remote_code=arguments.trust_remote_code,
     )
     if arguments.input:
         columns = arguments.text_column, arguments.text_pair_column
-        rows = predict_file(classifier, Path(arguments.input), Path(arguments.output), *columns)
+        rows = predict_file(predictor, Path(arguments.input), Path(arguments.output), *columns)
         print(f"{arguments.output}: {rows} rows")
         return EXIT_DONE
-    for text, record in zip(
-        arguments.text, predict_texts(classifier, arguments.text, arguments.text_pair), strict=True
-    ):
+    for text, record in zip(arguments.text, predict_texts(predictor, arguments.text, arguments.text_pair), strict=True):
         shares = sorted(record["probabilities"].items(), key=lambda item: -item[1])
         print(f"{record['prediction']}  {'  '.join(f'{name} {share:.4f}' for name, share in shares)}  {text}")
     return EXIT_DONE
@@ -71,16 +69,16 @@ def predict(arguments: argparse.Namespace) -> int:
 
 def evaluate(arguments: argparse.Namespace) -> int:
     """Score a model with the recipe's metrics on the labelled rows of a file."""
-    from accel_trainer.predict import evaluate_file, load_classifier
+    from accel_trainer.predict import evaluate_file, load_predictor
     from accel_trainer.run_folder import write_json
 
-    classifier = load_classifier(
+    predictor = load_predictor(
         arguments.model,
         max_tokens_per_device=arguments.max_tokens_per_device,
         trust_remote_code=arguments.trust_remote_code,
     )
     scores, table = evaluate_file(
-        classifier,
+        predictor,
         Path(arguments.input),
         arguments.text_column,
         arguments.label_column,

@@ -36,7 +36,7 @@ def predict_logits(accelerator: Accelerator, model: nn.Module, tokens: Tokens, m
     computed = []
     for micro_batch in divided[accelerator.process_index]:
         inputs = {name: value.to(accelerator.device) for name, value in tokens.inputs(micro_batch.indices).items()}
-        logits = model(**inputs).logits.float()
+        logits = model(inputs).float()
         if micro_batch.weight:
             computed.append(logits)
         num_labels = logits.shape[-1]

@@ -9,40 +9,17 @@ means the same rows on every machine and in every version.
 
 from __future__ import annotations
 
-from enum import IntEnum
 from math import isqrt
 
 import numpy as np
 import numpy.typing as npt
 
+from accel_trainer.hashing import Purpose, keyed, mix
+
 Rows = npt.NDArray[np.int64]
 
 # 4 rounds fail uniformity tests at small n and 8 pass (measured); 12 leave a margin and cost microseconds.
 ROUNDS = 12
-
-
-class Purpose(IntEnum):
-    """What a permutation is for; part of its key, so that one seed gives unrelated orders for unrelated uses."""
-
-    TRAINING = 1
-    SHUFFLE = 2
-    SPLIT = 3
-    SUBSET = 4
-
-
-def _mix(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """A bijective hash of 64-bit words: the finalizer of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)."""
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
-
-
-def _round_keys(key: tuple[int, ...]) -> npt.NDArray[np.uint64]:
-    """`ROUNDS` words that depend on every part of `key` and on their order."""
-    state = np.zeros(1, dtype=np.uint64)
-    for part in key:
-        state = _mix(state + np.uint64(0x9E3779B97F4A7C15)) ^ np.asarray([part], dtype=np.uint64)
-    return _mix(_mix(state) + np.arange(1, ROUNDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
 
 
 def permute(positions: Rows, n: int, *key: int) -> Rows:
@@ -57,10 +34,9 @@ def permute(positions: Rows, n: int, *key: int) -> Rows:
         Row numbers, of the shape of `positions`.
     """
     assert n >= 1
-    assert all(0 <= part < 2**64 for part in key)
     a = isqrt(n - 1) + 1 if n > 1 else 1  # ceil(sqrt(n))
     b = -(-n // a)
-    keys = _round_keys(key)
+    keys = keyed(np.arange(1, ROUNDS + 1), *key)
     sizes = (np.uint64(a), np.uint64(b))
     values = np.asarray(positions, dtype=np.uint64).ravel().copy()
     assert values.size == 0 or int(values.max()) < n
@@ -69,7 +45,7 @@ def permute(positions: Rows, n: int, *key: int) -> Rows:
         halves = [values[walking] // sizes[1], values[walking] % sizes[1]]
         for number, round_key in enumerate(keys):
             side = number % 2
-            halves[side] = (halves[side] + _mix(halves[1 - side] ^ round_key) % sizes[side]) % sizes[side]
+            halves[side] = (halves[side] + mix(halves[1 - side] ^ round_key) % sizes[side]) % sizes[side]
         values[walking] = halves[0] * sizes[1] + halves[1]
         walking = walking[values[walking] >= n]
     return values.astype(np.int64).reshape(np.shape(positions))

@@ -24,10 +24,11 @@ import pyarrow.parquet
 import torch
 import yaml
 from accelerate import Accelerator
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from accel_trainer import hardware, metrics
 from accel_trainer.artifacts import predictions
+from accel_trainer.classifier import Classifier
 from accel_trainer.data import rows_of_role
 from accel_trainer.errors import CannotLoad, DataError, UserError
 from accel_trainer.evaluation import Logits, predict_logits
@@ -41,10 +42,10 @@ ROWS_AT_ONCE = 10_000  # rows in memory; enough for micro-batches of similar len
 
 
 @dataclass(frozen=True)
-class Classifier:
+class Predictor:
     """A trained model ready to label text on the device at hand."""
 
-    model: PreTrainedModel
+    model: Classifier
     tokenizer: PreTrainedTokenizerBase
     accelerator: Accelerator
     label_names: list[str]
@@ -58,9 +59,9 @@ class Classifier:
         return predict_logits(self.accelerator, self.model, tokens, self.max_tokens)
 
 
-def load_classifier(
+def load_predictor(
     path: str, *, max_tokens_per_device: int | None = None, trust_remote_code: bool = False
-) -> Classifier:
+) -> Predictor:
     """The model of a run, of a model folder, or of a Hub id.
 
     Raises:
@@ -89,8 +90,8 @@ def load_classifier(
     except (OSError, ValueError) as error:
         raise CannotLoad("RUN_OR_MODEL", path, error) from error
     accelerator = hardware.start_accelerator()
-    return Classifier(
-        model=model.to(accelerator.device).eval(),
+    return Predictor(
+        model=Classifier(model).to(accelerator.device).eval(),
         tokenizer=tokenizer,
         accelerator=accelerator,
         label_names=[str(model.config.id2label[i]) for i in range(model.config.num_labels)],
@@ -100,18 +101,18 @@ def load_classifier(
     )
 
 
-def predict_texts(classifier: Classifier, texts: list[str], pairs: list[str] | None = None) -> list[dict[str, Any]]:
+def predict_texts(predictor: Predictor, texts: list[str], pairs: list[str] | None = None) -> list[dict[str, Any]]:
     """Prediction and probabilities of each text, in order."""
-    return predictions(classifier.logits(texts, pairs), classifier.label_names)
+    return predictions(predictor.logits(texts, pairs), predictor.label_names)
 
 
 def predict_file(
-    classifier: Classifier, source: Path, target: Path, text_column: str | None, text_pair_column: str | None = None
+    predictor: Predictor, source: Path, target: Path, text_column: str | None, text_pair_column: str | None = None
 ) -> int:
     """Write the rows of a file with a prediction and probabilities each, in order.
 
     Args:
-        classifier: the model.
+        predictor: the model.
         source: any table that `sources` reads.
         target: .csv, .tsv, .jsonl or .parquet; it appears when it is complete.
         text_column: column of the text; None: the recipe's.
@@ -126,20 +127,20 @@ def predict_file(
     if target.resolve() == source.resolve():
         raise UserError(f"--output {target}: it is the input; write elsewhere")
     table = read_files([source])
-    columns = _text_columns(classifier, table, text_column, text_pair_column)
-    added = {"prediction", "probabilities", *(f"probability_{name}" for name in classifier.label_names)}
+    columns = _text_columns(predictor, table, text_column, text_pair_column)
+    added = {"prediction", "probabilities", *(f"probability_{name}" for name in predictor.label_names)}
     carried = [name for name in table.data.column_names if name not in added]  # a labelled file may be labelled again
-    with open_writer(target, classifier.label_names, table.data.features.arrow_schema, carried) as writer:
+    with open_writer(target, predictor.label_names, table.data.features.arrow_schema, carried) as writer:
         for start in range(0, len(table.data), ROWS_AT_ONCE):
             chunk = table.data[start : start + ROWS_AT_ONCE]
             texts = [_checked(chunk[column], column, table, start) for column in columns]
-            records = predictions(classifier.logits(*texts), classifier.label_names)
+            records = predictions(predictor.logits(*texts), predictor.label_names)
             writer.write([{**{name: chunk[name][i] for name in carried}, **record} for i, record in enumerate(records)])
     return len(table.data)
 
 
-def _text_columns(classifier: Classifier, table: Table, text: str | None, pair: str | None) -> list[str]:
-    dataset = classifier.recipe.dataset if classifier.recipe else None
+def _text_columns(predictor: Predictor, table: Table, text: str | None, pair: str | None) -> list[str]:
+    dataset = predictor.recipe.dataset if predictor.recipe else None
     wanted = [
         text or (dataset.text_column if dataset else "text"),
         pair or (dataset.text_pair_column if dataset else None),
@@ -230,7 +231,7 @@ def open_writer(target: Path, label_names: list[str], schema: pa.Schema, carried
 
 
 def evaluate_file(
-    classifier: Classifier,
+    predictor: Predictor,
     source: Path,
     text_column: str | None = None,
     label_column: str | None = None,
@@ -247,24 +248,24 @@ def evaluate_file(
         UserError: a column is missing, or a label is unknown.
     """
     table = read_files([source])
-    recipe = classifier.recipe
+    recipe = predictor.recipe
     dataset = recipe.dataset if recipe else DatasetSection(path=str(source), splits=SplitsSection(train="train"))
     settings = recipe.evaluation if recipe else EvaluationSection()
-    columns = _text_columns(classifier, table, text_column, text_pair_column)
+    columns = _text_columns(predictor, table, text_column, text_pair_column)
     section = dataset.model_copy(
         update={
             "text_column": columns[0],
             "text_pair_column": columns[1] if len(columns) > 1 else None,
             "label_column": label_column or dataset.label_column,
-            "labels": dataset.labels or classifier.label_names,
+            "labels": dataset.labels or predictor.label_names,
             "sha256": None,
         }
     )
-    rows = rows_of_role(section, "validation", table, np.arange(len(table.data)), classifier.label_names, [])
+    rows = rows_of_role(section, "validation", table, np.arange(len(table.data)), predictor.label_names, [])
     if not rows.is_labelled:
         raise DataError(f"{source}: rows without a label cannot be scored; label them, or use predict")
-    logits = np.concatenate([classifier.logits(texts, pairs) for texts, pairs in rows.texts(section, ROWS_AT_ONCE)])
+    logits = np.concatenate([predictor.logits(texts, pairs) for texts, pairs in rows.texts(section, ROWS_AT_ONCE)])
     loaded = metrics.load_metrics(settings.metrics, allow_remote_code=trust_remote_code)
     scores = metrics.compute_metrics(loaded, logits, rows.labels, average=settings.average)
-    details = metrics.detailed_report(logits, rows.labels, classifier.label_names)
+    details = metrics.detailed_report(logits, rows.labels, predictor.label_names)
     return {**scores, **details}, metrics.classification_report(details)

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from accel_trainer import artifacts, checkpoint, hardware
+from accel_trainer.classifier import Classifier, draws_of_its_own
 from accel_trainer.errors import RunFolderError, UserError
 from accel_trainer.inputs import Inputs, differences, flat, mathematics
 from accel_trainer.model import count_parameters
@@ -108,11 +109,19 @@ def prepare(
             inputs.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
         except ValueError as error:
             raise UserError(f"--gradient_checkpointing: {error} Leave the option out") from error
+    classifier = Classifier(inputs.model)
+    shortest = inputs.splits["train"].tokens.inputs(inputs.splits["train"].tokens.lengths.argsort()[:1])
+    if draws_of_its_own(classifier, shortest):
+        raise UserError(
+            f"model: in training a {inputs.model.config.model_type} classifier draws random numbers that the recipe's seed "
+            "does not fix; set model.hidden_dropout, model.attention_dropout and model.classifier_dropout to 0.0, where the "
+            "model has them, or use another encoder"
+        )
     groups = parameter_groups(inputs.model, recipe.training)
     optimizer = build_optimizer(groups, recipe.training, accelerator.device)
     # The schedule stays unprepared: Accelerate's wrapper would move it once per process and update.
     scheduler = build_scheduler(optimizer, recipe.training, plan)
-    model, prepared = accelerator.prepare(inputs.model, optimizer)
+    model, prepared = accelerator.prepare(classifier, optimizer)
     if recipe.tracking.report_to:
         settings = {key: str(value) for key, value in flat(recipe.model_dump(mode="json")).items()}
         accelerator.init_trackers(recipe.tracking.project_name, config=settings)
@@ -186,9 +195,15 @@ def record(run: Run, line: dict[str, Any]) -> None:
     run.accelerator.log(values, step=line["step"])
 
 
+def whole_weights(run: Run) -> dict[str, Tensor]:
+    """All weights under the stock model's names. Collective: every process must call it."""
+    weights = run.accelerator.get_state_dict(run.model)
+    return {name.removeprefix("model."): weight for name, weight in weights.items()}
+
+
 def write_model(run: Run, folder: Path, scores: dict[str, dict[str, float]], step: int) -> None:
     """Write the current weights, those of `step`, as a folder that transformers loads. Collective."""
-    weights = run.accelerator.get_state_dict(run.model)
+    weights = whole_weights(run)
     if run.is_main:
         card = artifacts.model_card(run.inputs.recipe, run.inputs.label_names, step, scores)
         artifacts.save_model(folder, run.inputs.model, weights, run.inputs.tokenizer, card, step)
@@ -229,7 +244,7 @@ def settle_best(run: Run) -> None:
 def save(run: Run) -> None:
     """Write a checkpoint and delete the oldest. Collective: every process must call it."""
     started = time.perf_counter()
-    weights = run.accelerator.get_state_dict(run.model)
+    weights = whole_weights(run)
     tensors, values = state_by_name(_inner(run.optimizer), run.inputs.model)
     if run.is_main:
         scaler = run.accelerator.scaler

@@ -3,14 +3,13 @@
     accelerate launch --config_file accelerate_configs/cpu.yaml -m accel_trainer.train recipes/quickstart.yaml
 
 The way through this file is `main → train → fit → training_step`. The recipe fixes the mathematics: which examples each
-optimizer step uses, what they are divided by, when the schedule moves. The accelerate config fixes the hardware. How a
-global batch is cut into micro-batches is decided here, and with dropout off changes nothing but rounding.
+optimizer step uses, what they are divided by, what dropout drops, when the schedule moves. The accelerate config fixes
+the hardware. How a global batch is cut into micro-batches is decided here, and changes nothing but rounding.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import math
 import os
 import sys
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from accel_trainer import artifacts, batching, hardware, metrics, order
+from accel_trainer import artifacts, batching, dropout, hardware, metrics, order
 from accel_trainer.data import Split
 from accel_trainer.errors import (
     EXIT_DONE,
@@ -213,23 +212,7 @@ def training_step(run: Run, step: int) -> StepStatistics:
     )
     lengths = split.tokens.lengths[rows]
     divided = batching.divide_batch(lengths, accelerator.num_processes, run.max_tokens)
-    micro_batches = divided[accelerator.process_index]
-    seed_dropout(training.seed, step, accelerator.process_index)
-
-    loss_sum = torch.zeros((), device=accelerator.device)
-    for i, micro_batch in enumerate(micro_batches):
-        taken = rows[micro_batch.indices]
-        inputs = {name: value.to(accelerator.device) for name, value in split.tokens.inputs(taken).items()}
-        labels = torch.from_numpy(split.rows.labels[taken]).to(accelerator.device)
-        is_last = i == len(micro_batches) - 1
-        with nullcontext() if is_last else accelerator.no_sync(run.model):
-            logits = run.model(**inputs).logits
-            losses = example_losses(logits, labels, training.label_smoothing_factor) * micro_batch.weight
-            # The one place that scales the loss: DDP and FSDP average gradients over processes, so that multiplying by
-            # their number makes this the sum over the global batch divided by its true size, the last batch's too.
-            accelerator.backward(losses.sum() * (accelerator.num_processes / len(rows)))
-        loss_sum += losses.detach().sum()
-
+    loss_sum = add_gradients(run, step, rows, divided[accelerator.process_index])
     # Clipping sees the whole gradient, once. An infinite bound only measures it.
     bound = float("inf") if training.max_grad_norm is None else training.max_grad_norm
     grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), bound)
@@ -246,6 +229,36 @@ def training_step(run: Run, step: int) -> StepStatistics:
         padded_positions=len(rows) * int(lengths.max()),
         learning_rate=float(learning_rate),
     )
+
+
+def add_gradients(run: Run, step: int, rows: order.Rows, micro_batches: Sequence[batching.MicroBatch]) -> torch.Tensor:
+    """Add up one process's share of the gradient of a global batch.
+
+    Args:
+        run: its gradients are added to.
+        step: optimizer steps taken before this one.
+        rows: of the global batch.
+        micro_batches: this process's share of it.
+
+    Returns:
+        the plain sum of this share's example losses, a scalar.
+    """
+    accelerator, split, training = run.accelerator, run.inputs.splits["train"], run.inputs.recipe.training
+    loss_sum = torch.zeros((), device=accelerator.device)
+    for i, micro_batch in enumerate(micro_batches):
+        taken = rows[micro_batch.indices]
+        inputs = {name: value.to(accelerator.device) for name, value in split.tokens.inputs(taken).items()}
+        labels = torch.from_numpy(split.rows.labels[taken]).to(accelerator.device)
+        keys = dropout.example_keys(taken, seed=training.seed, step=step).to(accelerator.device)
+        is_last = i == len(micro_batches) - 1
+        with nullcontext() if is_last else accelerator.no_sync(run.model):
+            logits = run.model(inputs, keys)
+            losses = example_losses(logits, labels, training.label_smoothing_factor) * micro_batch.weight
+            # The one place that scales the loss: DDP and FSDP average gradients over processes, so that multiplying by
+            # their number makes this the sum over the global batch divided by its true size, the last batch's too.
+            accelerator.backward(losses.sum() * (accelerator.num_processes / len(rows)))
+        loss_sum = loss_sum + losses.detach().sum()
+    return loss_sum
 
 
 class GradientOverflow(Exception):
@@ -273,12 +286,6 @@ def update(run: Run) -> None:
             "(mixed_precision in the accelerate config). The last checkpoint is kept"
         )
     raise GradientOverflow
-
-
-def seed_dropout(seed: int, step: int, process_index: int) -> None:
-    """Seed torch for one step, so that dropout depends on where in the run it is drawn and not on what came before."""
-    digest = hashlib.sha256(f"{seed} {step} {process_index}".encode()).digest()
-    torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def check_finite(state: TrainerState, grad_norm: float) -> None:

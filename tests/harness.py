@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -196,11 +195,6 @@ class OneOfMany:
 
     def clip_grad_norm_(self, parameters: Any, bound: float) -> torch.Tensor:
         return torch.nn.utils.clip_grad_norm_(parameters, bound)
-
-
-def outputs(logits: torch.Tensor) -> SimpleNamespace:
-    """What a transformers model returns, as far as the trainer looks."""
-    return SimpleNamespace(logits=logits)
 
 
 # Family → arguments of its config: two layers of width 16, positions for 16 tokens and RoBERTa's offset.

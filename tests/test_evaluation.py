@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from harness import FAMILIES, OneOfMany, alone_on_the_cpu, outputs
+from harness import FAMILIES, OneOfMany, alone_on_the_cpu
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from accel_trainer.batching import divide_split
+from accel_trainer.classifier import Classifier
 from accel_trainer.evaluation import predict_logits
 from accel_trainer.tokenization import Tokens
 
@@ -47,10 +48,10 @@ class Recorder(torch.nn.Module):
         self.calls: list[tuple[int, int]] = []
         self.modes: list[bool] = []
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
-        self.calls.append(tuple(input_ids.shape))
+    def forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        self.calls.append(tuple(inputs["input_ids"].shape))
         self.modes.append(self.training)
-        return outputs(torch.stack([input_ids[:, 0], attention_mask.sum(-1)], dim=1).double())
+        return torch.stack([inputs["input_ids"][:, 0], inputs["attention_mask"].sum(-1)], dim=1).double()
 
 
 def expected_of(tokens: Tokens) -> np.ndarray:
@@ -60,7 +61,7 @@ def expected_of(tokens: Tokens) -> np.ndarray:
 @pytest.mark.parametrize("max_tokens", [1, 7, 16, 33, 60, 10_000])
 def test_equals_a_plain_forward(model: Any, tokens: Tokens, plain: np.ndarray, max_tokens: int, tmp_path: Any) -> None:
     with alone_on_the_cpu(tmp_path):
-        logits = predict_logits(Accelerator(cpu=True), model, tokens, max_tokens)
+        logits = predict_logits(Accelerator(cpu=True), Classifier(model), tokens, max_tokens)
     assert logits.dtype == np.float32
     np.testing.assert_allclose(logits, plain, rtol=0, atol=1e-6)
 
@@ -105,7 +106,7 @@ def test_mode_is_left_as_it_was(tokens: Tokens, training: bool) -> None:
 
 def test_no_graph_is_kept(model: Any, tokens: Tokens, tmp_path: Any) -> None:
     with alone_on_the_cpu(tmp_path):
-        predict_logits(Accelerator(cpu=True), model, tokens, 100)
+        predict_logits(Accelerator(cpu=True), Classifier(model), tokens, 100)
     assert all(parameter.grad is None for parameter in model.parameters())
     model(**tokens.inputs(np.asarray([0]))).logits.sum().backward()  # inference mode did not stick to the weights
     model.zero_grad()

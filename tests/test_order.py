@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from accel_trainer import order
-from accel_trainer.order import Purpose, global_batch, permute, shuffled, steps_per_epoch, stratified, subset
+from accel_trainer.hashing import Purpose
+from accel_trainer.order import global_batch, permute, shuffled, steps_per_epoch, stratified, subset
 
 KEYS = st.lists(st.integers(0, 2**64 - 1), max_size=4)
 
@@ -115,6 +116,7 @@ def test_the_purposes_are_all_different_keys():
         "SHUFFLE": 2,
         "SPLIT": 3,
         "SUBSET": 4,
+        "DROPOUT": 5,
     }
 
 

@@ -16,7 +16,7 @@ from support import reviews, write_csv
 
 from accel_trainer import predict
 from accel_trainer.errors import DataError, UserError
-from accel_trainer.predict import Classifier, evaluate_file, load_classifier, predict_file, predict_texts
+from accel_trainer.predict import Predictor, evaluate_file, load_predictor, predict_file, predict_texts
 from accel_trainer.tracking import speak_on
 
 
@@ -39,9 +39,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
 
 
 @pytest.fixture
-def classifier(run: Outcome, tmp_path: Path) -> Iterator[Classifier]:
+def predictor(run: Outcome, tmp_path: Path) -> Iterator[Predictor]:
     with alone_on_the_cpu(tmp_path / "cache"):
-        yield load_classifier(str(run.folder))
+        yield load_predictor(str(run.folder))
 
 
 @pytest.fixture
@@ -54,8 +54,8 @@ def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]
     return rows
 
 
-def expected(classifier: Classifier, rows: list[dict[str, str]]) -> list[dict[str, Any]]:
-    return [predict_texts(classifier, [row["text"]])[0] for row in rows]
+def expected(predictor: Predictor, rows: list[dict[str, str]]) -> list[dict[str, Any]]:
+    return [predict_texts(predictor, [row["text"]])[0] for row in rows]
 
 
 def check(found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
@@ -64,29 +64,29 @@ def check(found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
         assert one["probabilities"] == pytest.approx(other["probabilities"], abs=1e-6)
 
 
-def test_texts_in_order(classifier: Classifier) -> None:
+def test_texts_in_order(predictor: Predictor) -> None:
     texts = [text for text, _ in reviews(9, seed=4)]
-    together = predict_texts(classifier, texts)
-    check(together, [predict_texts(classifier, [text])[0] for text in texts])
+    together = predict_texts(predictor, texts)
+    check(together, [predict_texts(predictor, [text])[0] for text in texts])
     assert len({json.dumps(record) for record in together}) > 1
     assert {record["prediction"] for record in together} <= {"no", "yes"}
     for record in together:
         assert sum(record["probabilities"].values()) == pytest.approx(1)
 
 
-def test_jsonl_to_jsonl(classifier: Classifier, many: list[dict[str, str]], tmp_path: Path) -> None:
+def test_jsonl_to_jsonl(predictor: Predictor, many: list[dict[str, str]], tmp_path: Path) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "deep" / "out.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in many), encoding="utf-8")
-    assert predict_file(classifier, source, target, None) == 11
+    assert predict_file(predictor, source, target, None) == 11
     found = [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
     assert [{"id": row["id"], "text": row["text"]} for row in found] == many
-    check(found, expected(classifier, many))
+    check(found, expected(predictor, many))
     assert [path.name for path in target.parent.iterdir()] == ["out.jsonl"]
 
 
 @pytest.mark.parametrize(("suffix", "delimiter"), [(".csv", ","), (".tsv", "\t")])
 def test_csv_to_csv(
-    classifier: Classifier, many: list[dict[str, str]], tmp_path: Path, suffix: str, delimiter: str
+    predictor: Predictor, many: list[dict[str, str]], tmp_path: Path, suffix: str, delimiter: str
 ) -> None:
     many[7]["text"] = "a\rb"
     source, target = tmp_path / f"in{suffix}", tmp_path / f"out{suffix}"
@@ -94,33 +94,33 @@ def test_csv_to_csv(
         writer = csv.DictWriter(file, ["id", "text"], delimiter=delimiter)
         writer.writeheader()
         writer.writerows(many)
-    predict_file(classifier, source, target, "text")
+    predict_file(predictor, source, target, "text")
     with target.open(encoding="utf-8", newline="") as file:
         found = list(csv.DictReader(file, delimiter=delimiter))
     assert [{"id": row["id"], "text": row["text"]} for row in found] == many
     for row in found:
         row["probabilities"] = {name: float(row[f"probability_{name}"]) for name in ("no", "yes")}
-    check(found, expected(classifier, many))
+    check(found, expected(predictor, many))
 
 
-def test_parquet_to_parquet(classifier: Classifier, many: list[dict[str, str]], tmp_path: Path) -> None:
+def test_parquet_to_parquet(predictor: Predictor, many: list[dict[str, str]], tmp_path: Path) -> None:
     source, target = tmp_path / "in.parquet", tmp_path / "out.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{**row, "n": 1.5} for row in many]), source)
-    predict_file(classifier, source, target, None)
+    predict_file(predictor, source, target, None)
     table = pyarrow.parquet.read_table(target)
     assert table.schema.names == ["id", "text", "n", "prediction", "probabilities"]
     found = table.to_pylist()
     assert [{"id": row["id"], "text": row["text"]} for row in found] == many
-    check(found, expected(classifier, many))
+    check(found, expected(predictor, many))
 
 
-def test_labelled_again(classifier: Classifier, many: list[dict[str, str]], tmp_path: Path) -> None:
+def test_labelled_again(predictor: Predictor, many: list[dict[str, str]], tmp_path: Path) -> None:
     """What was written can be read, and its own columns do not come twice."""
     first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     source = tmp_path / "in.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in many), encoding="utf-8")
-    predict_file(classifier, source, first, None)
-    predict_file(classifier, first, second, None)
+    predict_file(predictor, source, first, None)
+    predict_file(predictor, first, second, None)
     assert second.read_bytes() == first.read_bytes()
 
 
@@ -128,35 +128,35 @@ def test_labelled_again(classifier: Classifier, many: list[dict[str, str]], tmp_
 def test_the_budget_changes_nothing(run: Outcome, tmp_path: Path, budget: int) -> None:
     texts = [text for text, _ in reviews(9, seed=4)]
     with alone_on_the_cpu(tmp_path / "cache"):
-        one = load_classifier(str(run.folder), max_tokens_per_device=budget)
-        other = load_classifier(str(run.folder))
+        one = load_predictor(str(run.folder), max_tokens_per_device=budget)
+        other = load_predictor(str(run.folder))
         check(predict_texts(one, texts), predict_texts(other, texts))
 
 
-def test_an_unknown_suffix(classifier: Classifier, tmp_path: Path) -> None:
+def test_an_unknown_suffix(predictor: Predictor, tmp_path: Path) -> None:
     source = write_csv(tmp_path / "in.csv", reviews(3))
     with pytest.raises(UserError, match=r"--output .*out\.xlsx: unknown kind of file '\.xlsx'"):
-        predict_file(classifier, source, tmp_path / "out.xlsx", None)
+        predict_file(predictor, source, tmp_path / "out.xlsx", None)
     assert not (tmp_path / "out.xlsx").exists()
 
 
-def test_a_target_that_cannot_be(classifier: Classifier, tmp_path: Path) -> None:
+def test_a_target_that_cannot_be(predictor: Predictor, tmp_path: Path) -> None:
     source = write_csv(tmp_path / "in.csv", reviews(3))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--output "):
-        predict_file(classifier, source, tmp_path / "file" / "out.csv", None)
+        predict_file(predictor, source, tmp_path / "file" / "out.csv", None)
 
 
-def test_a_missing_column(classifier: Classifier, tmp_path: Path) -> None:
+def test_a_missing_column(predictor: Predictor, tmp_path: Path) -> None:
     source = write_csv(tmp_path / "in.csv", reviews(3), ("review", "stars"))
     with pytest.raises(DataError, match=r"in\.csv has no column 'text'; .*--text_column: review, stars"):
-        predict_file(classifier, source, tmp_path / "out.csv", None)
-    assert predict_file(classifier, source, tmp_path / "out.csv", "review") == 3
+        predict_file(predictor, source, tmp_path / "out.csv", None)
+    assert predict_file(predictor, source, tmp_path / "out.csv", "review") == 3
 
 
 @pytest.mark.parametrize("cell", [None, 3])
 def test_a_row_without_text_is_named(
-    classifier: Classifier, many: list[dict[str, Any]], tmp_path: Path, cell: int | None
+    predictor: Predictor, many: list[dict[str, Any]], tmp_path: Path, cell: int | None
 ) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     rows: list[Any] = [{"text": row["text"]} for row in many]
@@ -166,7 +166,7 @@ def test_a_row_without_text_is_named(
     source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     target.write_text("what was there")
     with pytest.raises(DataError, match=r"in\.jsonl, (row|line) \d+.*'text' holds") as caught:
-        predict_file(classifier, source, target, None)
+        predict_file(predictor, source, target, None)
     if cell is None:
         assert "9" in str(caught.value) or "10" in str(caught.value)
     assert target.read_text() == "what was there"
@@ -175,13 +175,13 @@ def test_a_row_without_text_is_named(
 
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_scores_on_other_data_are_those_of_training(
-    run: Outcome, classifier: Classifier, tmp_path: Path, split: str, monkeypatch: pytest.MonkeyPatch
+    run: Outcome, predictor: Predictor, tmp_path: Path, split: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(predict, "ROWS_AT_ONCE", 7)
     lines = (run.folder / "predictions" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     source = write_csv(tmp_path / "same.csv", [(row["text"], row["label"]) for row in rows])
-    scores, text = evaluate_file(classifier, source)
+    scores, text = evaluate_file(predictor, source)
     trained = run.json("results.json")[split]
     assert set(scores) == set(trained)
     assert scores["loss"] == pytest.approx(trained["loss"], abs=1e-6)
@@ -189,56 +189,56 @@ def test_scores_on_other_data_are_those_of_training(
         assert scores[name] == pytest.approx(trained[name], abs=1e-9)
     assert scores["confusion_matrix"] == trained["confusion_matrix"]
     assert "confusion matrix" in text
-    found = predict_texts(classifier, [row["text"] for row in rows])
+    found = predict_texts(predictor, [row["text"] for row in rows])
     check(found, rows)
 
 
-def test_labels_that_cannot_be_scored(classifier: Classifier, tmp_path: Path) -> None:
+def test_labels_that_cannot_be_scored(predictor: Predictor, tmp_path: Path) -> None:
     unknown = write_csv(tmp_path / "unknown.csv", [("good soup", "maybe"), ("cold soup", "no")])
     with pytest.raises(DataError, match="maybe"):
-        evaluate_file(classifier, unknown)
+        evaluate_file(predictor, unknown)
     without = write_csv(tmp_path / "without.csv", [("good soup", "yes"), ("cold soup", "")])
     with pytest.raises(DataError):
-        evaluate_file(classifier, without)
+        evaluate_file(predictor, without)
     other = write_csv(tmp_path / "other.csv", [("good soup", "yes"), ("cold soup", "no")], ("t", "l"))
-    scores, _ = evaluate_file(classifier, other, "t", "l")
+    scores, _ = evaluate_file(predictor, other, "t", "l")
     assert sum(map(sum, scores["confusion_matrix"])) == 2
 
 
 def test_a_run_a_model_and_the_best(run: Outcome, tmp_path: Path) -> None:
     texts = [text for text, _ in reviews(3)]
     with alone_on_the_cpu(tmp_path / "cache"):
-        found = [load_classifier(str(run.folder / name)) for name in ("", "model", "best")]
-        for classifier in found:
-            assert classifier.label_names == ["no", "yes"]
-            assert classifier.max_length == 16
-            assert classifier.recipe is not None
-            check(predict_texts(classifier, texts), predict_texts(found[0], texts))
+        found = [load_predictor(str(run.folder / name)) for name in ("", "model", "best")]
+        for predictor in found:
+            assert predictor.label_names == ["no", "yes"]
+            assert predictor.max_length == 16
+            assert predictor.recipe is not None
+            check(predict_texts(predictor, texts), predict_texts(found[0], texts))
 
 
 def test_no_model(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"RUN_OR_MODEL: cannot load .*nowhere"):
-        load_classifier(str(tmp_path / "nowhere"))
+        load_predictor(str(tmp_path / "nowhere"))
     (tmp_path / "status.json").write_text("{}")
     with pytest.raises(UserError, match="the run has no model yet"):
-        load_classifier(str(tmp_path))
+        load_predictor(str(tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "parquet"])
 @pytest.mark.parametrize("first_kind", ["csv", "jsonl", "parquet"])
 def test_labelled_again_in_another_kind(
-    classifier: Classifier, many: list[dict[str, str]], tmp_path: Path, first_kind: str, kind: str
+    predictor: Predictor, many: list[dict[str, str]], tmp_path: Path, first_kind: str, kind: str
 ) -> None:
     """The columns that were added are replaced, whatever they held, and come once."""
     source = tmp_path / "in.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in many), encoding="utf-8")
     first, direct, again = tmp_path / f"first.{first_kind}", tmp_path / f"direct.{kind}", tmp_path / f"again.{kind}"
-    predict_file(classifier, source, first, None)
+    predict_file(predictor, source, first, None)
     if first_kind == "csv":
         text = first.read_text(encoding="utf-8")
         first.write_text(text.replace(",yes,", ",of another model,").replace(",no,", ",of another,"), encoding="utf-8")
-    predict_file(classifier, source, direct, None)
-    predict_file(classifier, first, again, None)
+    predict_file(predictor, source, direct, None)
+    predict_file(predictor, first, again, None)
     if kind == "parquet":
         assert pyarrow.parquet.read_table(again).to_pylist() == pyarrow.parquet.read_table(direct).to_pylist()
     else:
@@ -256,10 +256,10 @@ def test_a_recipe_of_another_version(
         shutil.copytree(run.folder, folder)
         (folder / "recipe.yaml").write_text(text, encoding="utf-8")
         with alone_on_the_cpu(tmp_path / "cache"):
-            classifier = load_classifier(str(folder))
-            assert classifier.recipe is None
-            check(predict_texts(classifier, texts), predict_texts(load_classifier(str(run.folder)), texts))
-            scores, _ = evaluate_file(classifier, write_csv(tmp_path / "in.csv", [("good", "yes"), ("cold", "no")]))
+            predictor = load_predictor(str(folder))
+            assert predictor.recipe is None
+            check(predict_texts(predictor, texts), predict_texts(load_predictor(str(run.folder)), texts))
+            scores, _ = evaluate_file(predictor, write_csv(tmp_path / "in.csv", [("good", "yes"), ("cold", "no")]))
         assert "accuracy" in scores
         shown = capsys.readouterr().err
         assert f"{folder / 'recipe.yaml'}: not a recipe of this version; columns and metrics are the usual" in shown
@@ -268,7 +268,7 @@ def test_a_recipe_of_another_version(
 
 @pytest.mark.parametrize("trusted", [True, False])
 def test_trust_reaches_the_metrics(
-    classifier: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusted: bool
+    predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusted: bool
 ) -> None:
     asked: list[bool] = []
     load = predict.metrics.load_metrics
@@ -278,5 +278,5 @@ def test_trust_reaches_the_metrics(
         lambda names, *, allow_remote_code: (asked.append(allow_remote_code), load(names))[1],
     )
     source = write_csv(tmp_path / "in.csv", [("good", "yes"), ("cold", "no")])
-    evaluate_file(classifier, source, trust_remote_code=trusted)
+    evaluate_file(predictor, source, trust_remote_code=trusted)
     assert asked == [trusted]

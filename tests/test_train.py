@@ -32,6 +32,7 @@ from safetensors.torch import load_file
 from support import reviews, write_csv
 
 from accel_trainer import order
+from accel_trainer.classifier import Classifier
 
 FIVE_STEPS = {"global_batch_size": 16, "max_steps": 5, "num_train_epochs": None}
 
@@ -202,13 +203,13 @@ def test_the_lowest_loss_is_best_by_default(place: Path) -> None:
 def test_the_model_serves_a_pipeline(whole: Outcome, place: Path) -> None:
     from transformers import pipeline
 
-    from accel_trainer.predict import load_classifier, predict_texts
+    from accel_trainer.predict import load_predictor, predict_texts
 
     texts = [text for text, _ in reviews(7, seed=5)]
     classify = pipeline("text-classification", str(whole.folder / "model"), device="cpu")
     theirs = [{s["label"]: s["score"] for s in scores} for scores in classify(texts, top_k=None, truncation=True)]
     with alone_on_the_cpu(place / "cache"):
-        ours = [record["probabilities"] for record in predict_texts(load_classifier(str(whole.folder)), texts)]
+        ours = [record["probabilities"] for record in predict_texts(load_predictor(str(whole.folder)), texts)]
     assert set(theirs[0]) == {"negative", "positive"}
     for one, other in zip(ours, theirs, strict=True):
         assert one == pytest.approx(other, abs=1e-6)
@@ -337,6 +338,7 @@ def test_averaged_gradients_are_those_of_the_global_batch(
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
 
+    classifier = Classifier(model)
     total = {name: torch.zeros_like(gradient) for name, gradient in expected.items()}
     losses, passes = [], []
     for index in range(processes):
@@ -356,7 +358,7 @@ def test_averaged_gradients_are_those_of_the_global_batch(
         run: Any = SimpleNamespace(
             accelerator=accelerator,
             inputs=dataclasses.replace(inputs, recipe=unclipped),
-            model=model,
+            model=classifier,
             optimizer=optimizer,
             scheduler=scheduler,
             max_tokens=max_tokens,

@@ -177,14 +177,14 @@ def fit(run: Run, stop: StopRequest) -> None:
                 state.overflows += 1
                 continue  # the same step again, with a smaller scale
             state.add(done)
-            loss_sum += done.loss_sum
+            loss_sum = loss_sum + done.loss_sum
             progress.step(done.tokens)
 
             stopping = stop.agreed(run.accelerator)
             logs, evaluates, saves = plan.logs_at(state.step), plan.evaluates_at(state.step), plan.saves_at(state.step)
             if logs or evaluates or saves or stopping:
                 state.loss_sum += float(run.accelerator.reduce(loss_sum, "sum"))
-                loss_sum.zero_()
+                loss_sum = torch.zeros_like(loss_sum)
                 check_finite(state, float(done.grad_norm))
             state.seconds["train"] += time.perf_counter() - started
             if logs:

@@ -110,16 +110,6 @@ def test_another_key_gives_an_unrelated_order(one, other):
     assert abs(np.corrcoef(a[:-1], b[1:])[0, 1]) < 5 / np.sqrt(n)
 
 
-def test_the_purposes_are_all_different_keys():
-    assert {purpose.name: purpose.value for purpose in Purpose} == {
-        "TRAINING": 1,
-        "SHUFFLE": 2,
-        "SPLIT": 3,
-        "SUBSET": 4,
-        "DROPOUT": 5,
-    }
-
-
 def test_a_million_million_rows_cost_what_the_batch_costs():
     n = 10**12
     step = steps_per_epoch(n, 64) * 3 + 7_000_000_000

@@ -21,8 +21,8 @@ MASK = 2**64 - 1
 def most(count: int) -> float:
     """Standard deviations that the largest of `count` normal deviates exceeds once in 10^5 repetitions.
 
-    By the union bound, so that the `count` need not be independent. Bits are counted some thousand times, where the
-    binomial is normal as far out as this: a fair coin's has no skew.
+    By the union bound, so that the `count` need not be independent. Bits are counted often enough for the
+    binomial to be normal as far out as this: a fair coin's has no skew, and lighter tails.
     """
     return NormalDist().inv_cdf(1 - 1e-5 / (2 * count))
 
@@ -36,6 +36,11 @@ def bits(words: Words) -> npt.NDArray[np.uint8]:
     """The 64 bits of each word, the lowest first, on a new last axis."""
     octets = np.ascontiguousarray(words).astype("<u8").view(np.uint8).reshape(*np.shape(words), 8)
     return np.unpackbits(octets, axis=-1, bitorder="little")
+
+
+def all_different(words: Words) -> bool:
+    ordered = np.sort(words)
+    return bool((ordered[1:] != ordered[:-1]).all())
 
 
 # Once more, in Python's unbounded integers.
@@ -96,14 +101,14 @@ def test_the_value_comes_back_from_the_hash(value: int, key: list[int]) -> None:
 def test_a_million_values_never_meet(key: tuple[int, ...]) -> None:
     low = np.arange(10**6, dtype=np.uint64)
     values = np.concatenate([low, ~low, low[1:] << np.uint64(44)])
-    assert len(np.unique(values)) == len(values)
-    assert len(np.unique(keyed(values, *key))) == len(values)
+    assert all_different(values)
+    assert all_different(keyed(values, *key))
 
 
 def test_a_million_values_under_many_keys_never_meet() -> None:
     # By chance two of 8·10^6 words of 64 bits would: once in half a million such sets.
     keys = [(1,), (2,), (1, 0), (0, 1), (1, 1), (2**63,), (5, 42, 0), (5, 42, 1)]
-    assert len(np.unique(np.concatenate([keyed(np.arange(10**6), *key) for key in keys]))) == 8 * 10**6
+    assert all_different(np.concatenate([keyed(np.arange(10**6), *key) for key in keys]))
 
 
 def test_is_pure_and_takes_any_shape() -> None:
@@ -139,30 +144,27 @@ def test_different_keys_hash_differently(one: list[int], other: list[int]) -> No
     assert same == (one == other)
 
 
-N = 100_000  # hashes of which bits are counted
-
-
-@pytest.mark.parametrize("varied", ["value", "first", "last"])
-def test_every_bit_is_balanced_and_so_is_every_pair_of_bits(varied: str) -> None:
+@pytest.mark.parametrize(("varied", "n"), [("value", 200_000), ("first", 10_000), ("last", 10_000)])
+def test_every_bit_is_balanced_and_so_is_every_pair_of_bits(varied: str, n: int) -> None:
     """For values that count up under one key, and for one value under keys that count up in their first or last part."""
     if varied == "value":
-        words = keyed(np.arange(N), Purpose.DROPOUT, 42, 0)
+        words = keyed(np.arange(n), Purpose.DROPOUT, 42, 0)
     else:
-        keys = ((k, 42, 1) if varied == "first" else (Purpose.DROPOUT, 42, k) for k in range(N))
+        keys = ((k, 42, 1) if varied == "first" else (Purpose.DROPOUT, 42, k) for k in range(n))
         words = np.concatenate([keyed([0], *key) for key in keys])
-    signs = bits(words).astype(np.float32) * 2 - 1  # ±1; sums of 10^5 of them are exact in float32
-    assert fairness((signs.sum(0) + N) / 2, N).max() < most(64)
+    signs = bits(words).astype(np.float32) * 2 - 1  # ±1; so few of them are summed exactly in float32
+    assert fairness((signs.sum(0) + n) / 2, n).max() < most(64)
     # Products of two bits, within a word and of neighbouring words, are fair coins too.
     within = signs.T @ signs
-    assert abs(within[np.triu_indices(64, 1)]).max() / np.sqrt(N) < most(64 * 63 // 2)
+    assert abs(within[np.triu_indices(64, 1)]).max() / np.sqrt(n) < most(64 * 63 // 2)
     across = signs[:-1].T @ signs[1:]
-    assert abs(across).max() / np.sqrt(N - 1) < most(64 * 64)
+    assert abs(across).max() / np.sqrt(n - 1) < most(64 * 64)
 
 
 @pytest.mark.parametrize("varied", ["value", "first", "last"])
 def test_avalanche(varied: str) -> None:
     """Whichever of the 64 bits of a value, or of a part of the key, is flipped: every bit of the hash flips half the time."""
-    n = 4096 if varied == "value" else 400
+    n = 4096 if varied == "value" else 200
     draw = np.random.default_rng(0)
     values = draw.integers(0, 2**16, n)  # small, as rows, steps and seeds are
     flips = np.zeros((64, 64), dtype=np.int64)
@@ -180,10 +182,11 @@ def test_avalanche(varied: str) -> None:
 
 def test_bytes_are_uniform() -> None:
     """Chi-square of the values of each of the eight bytes: 255 degrees of freedom, whose deviation is 22.6."""
-    octets = keyed(np.arange(N), Purpose.TRAINING, 1, 2).view(np.uint8).reshape(N, 8)
+    n = 200_000
+    octets = keyed(np.arange(n), Purpose.TRAINING, 1, 2).view(np.uint8).reshape(n, 8)
     for place in range(8):
         counts = np.bincount(octets[:, place], minlength=256)
-        statistic = ((counts - N / 256) ** 2 / (N / 256)).sum()
+        statistic = ((counts - n / 256) ** 2 / (n / 256)).sum()
         # Wilson and Hilferty: the cube root of a chi-square over its freedom is as good as normal.
         deviate = ((statistic / 255) ** (1 / 3) - (1 - 2 / (9 * 255))) / np.sqrt(2 / (9 * 255))
         assert abs(deviate) < most(8)

@@ -1,4 +1,4 @@
-"""The verbs that need no launcher: `accel-trainer show | check | predict | evaluate`.
+"""The verbs that need no launcher: `accel-trainer show | check | prove | predict | evaluate`.
 
 Each verb imports what it needs when it runs, so that help and the checking of recipes start neither torch nor
 transformers.
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from accel_trainer.errors import EXIT_DONE, EXIT_USER_MISTAKE, AccelTrainerError, UserError
+from accel_trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER_MISTAKE, AccelTrainerError, UserError
 
 
 def show(arguments: argparse.Namespace) -> int:
@@ -93,6 +93,26 @@ def evaluate(arguments: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def prove(arguments: argparse.Namespace) -> int:
+    """Take a recipe's first steps in every layout and compare them."""
+    from accel_trainer.prove import prove as compare
+
+    agrees = compare(
+        arguments.recipe,
+        arguments.overrides,
+        processes=arguments.processes,
+        steps=arguments.steps,
+        output=arguments.output,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    return EXIT_DONE if agrees else EXIT_FAILED
+
+
+def numbers(text: str) -> list[int]:
+    """Numbers between commas."""
+    return [int(count) for count in text.split(",")]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="accel-trainer", description="Recipes and trained text classifiers. Training itself: accel_trainer.train."
@@ -107,6 +127,21 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("check", help="every mistake of recipes, each with its line and remedy")
     verb.add_argument("recipes", nargs="+", metavar="recipe")
     verb.set_defaults(run=check)
+
+    verb = verbs.add_parser(
+        "prove", help="that processes, micro-batches and interruptions do not change a recipe's steps"
+    )
+    verb.add_argument("recipe")
+    verb.add_argument("overrides", nargs="*", metavar="section.key=value")
+    verb.add_argument(
+        "--processes", type=numbers, default=[1, 2], metavar="1,2", help="numbers of processes to compare"
+    )
+    verb.add_argument("--steps", type=int, default=3, metavar="N", help="optimizer steps to take (default: 3)")
+    verb.add_argument("--output", type=Path, help="JSON file for the differences")
+    verb.add_argument(
+        "--trust_remote_code", action="store_true", help="run code that the checkpoint's repository holds"
+    )
+    verb.set_defaults(run=prove)
 
     verb = verbs.add_parser("predict", help="labels and probabilities of texts, or of a file")
     _add_model(verb)

@@ -8,15 +8,15 @@ from pathlib import Path
 from accel_trainer.errors import UserError
 
 
-def shipped_recipes() -> Path:
-    """Folder of the recipes that ship with the package, installed or in a checkout."""
-    installed = Path(__file__).parent / "recipes"
-    return installed if installed.is_dir() else Path(__file__).parent.parent / "recipes"
+def shipped(name: str) -> Path:
+    """A folder that ships with the package, `recipes` or `accelerate_configs`, installed or in a checkout."""
+    installed = Path(__file__).parent / name
+    return installed if installed.is_dir() else Path(__file__).parent.parent / name
 
 
 def library_folders() -> list[Path]:
     """Folders that names are looked up in, first come first served."""
-    folders = [Path("recipes"), shipped_recipes()]
+    folders = [Path("recipes"), shipped("recipes")]
     return [
         folder
         for i, folder in enumerate(folders)

@@ -69,6 +69,7 @@ class Options:
     allow_changed: tuple[str, ...] = ()
     max_tokens_per_device: int | None = None
     gradient_checkpointing: bool = False
+    stop_after: int | None = None
     trust_remote_code: bool = False
 
 
@@ -92,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             allow_changed=tuple(arguments.allow_changed),
             max_tokens_per_device=arguments.max_tokens_per_device,
             gradient_checkpointing=arguments.gradient_checkpointing,
+            stop_after=arguments.stop_after,
             trust_remote_code=arguments.trust_remote_code,
         )
         folder = RunFolder(options.output_dir)
@@ -144,11 +146,15 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any]:
                 options.allow_changed,
                 keep_token_budget=options.max_tokens_per_device is None,
             )
+        if options.stop_after is not None and options.stop_after <= run.state.step:
+            raise UserError(
+                f"--stop_after {options.stop_after}: the run is at step {run.state.step}; give a later step"
+            )
         write_run_json(run)
         watch.steps_done = lambda: run.state.step
         try:
             with StopRequest() as stop:
-                fit(run, stop)
+                fit(run, stop, options.stop_after)
             results = finish(run)
         except Interrupted:  # on every process, so that trackers and process group can be closed in order
             accelerator.end_training()
@@ -157,11 +163,11 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any]:
         return results
 
 
-def fit(run: Run, stop: StopRequest) -> None:
+def fit(run: Run, stop: StopRequest, stop_after: int | None = None) -> None:
     """Train to the end of the plan, logging, evaluating and saving at its moments.
 
     Raises:
-        Interrupted: a signal came; a checkpoint was saved first.
+        Interrupted: a signal came, or `stop_after` was reached; a checkpoint was saved first.
         TrainingFailed: loss or gradient are not finite.
     """
     state, plan = run.state, run.plan
@@ -180,7 +186,7 @@ def fit(run: Run, stop: StopRequest) -> None:
             loss_sum = loss_sum + done.loss_sum
             progress.step(done.tokens)
 
-            stopping = stop.agreed(run.accelerator)
+            stopping = stop.agreed(run.accelerator) or state.step == stop_after
             logs, evaluates, saves = plan.logs_at(state.step), plan.evaluates_at(state.step), plan.saves_at(state.step)
             if logs or evaluates or saves or stopping:
                 state.loss_sum += float(run.accelerator.reduce(loss_sum, "sum"))
@@ -213,16 +219,12 @@ def training_step(run: Run, step: int) -> StepStatistics:
     lengths = split.tokens.lengths[rows]
     divided = batching.divide_batch(lengths, accelerator.num_processes, run.max_tokens)
     loss_sum = add_gradients(run, step, rows, divided[accelerator.process_index])
-    # Clipping sees the whole gradient, once. An infinite bound only measures it.
-    bound = float("inf") if training.max_grad_norm is None else training.max_grad_norm
-    grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), bound)
     learning_rate = run.scheduler.get_last_lr()[-1]
-    update(run)
-    run.scheduler.step()
+    grad_norm = apply_gradients(run)
     real = [m.indices for part in divided for m in part if m.weight]
     return StepStatistics(
         loss_sum=loss_sum,
-        grad_norm=torch.as_tensor(grad_norm),
+        grad_norm=grad_norm,
         examples=len(rows),
         tokens=int(lengths.sum()),
         positions=sum(len(indices) * int(lengths[indices].max()) for indices in real),
@@ -259,6 +261,24 @@ def add_gradients(run: Run, step: int, rows: order.Rows, micro_batches: Sequence
             accelerator.backward(losses.sum() * (accelerator.num_processes / len(rows)))
         loss_sum = loss_sum + losses.detach().sum()
     return loss_sum
+
+
+def apply_gradients(run: Run) -> torch.Tensor:
+    """Clip, update the weights, move the schedule: each once per step, whatever the gradient was added up from.
+
+    Returns:
+        the norm of the gradient before clipping, a scalar.
+
+    Raises:
+        GradientOverflow: fp16 gradients overflowed; nothing was updated and the scale is smaller now.
+        TrainingFailed: they overflow at any scale.
+    """
+    max_grad_norm = run.inputs.recipe.training.max_grad_norm
+    bound = float("inf") if max_grad_norm is None else max_grad_norm  # an infinite bound only measures
+    grad_norm = run.accelerator.clip_grad_norm_(run.model.parameters(), bound)
+    update(run)
+    run.scheduler.step()
+    return torch.as_tensor(grad_norm)
 
 
 class GradientOverflow(Exception):
@@ -414,6 +434,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--resume", action="store_true", help="continue from the newest checkpoint, or start if there is none")
     add("--resume_from_checkpoint", type=Path, metavar="PATH", help="continue from this checkpoint")
     add("--allow_changed", action="append", default=[], metavar="KEY", help="continue although this key has changed")
+    add("--stop_after", type=int, metavar="STEP", help="save and stop after this step, as a signal would")
     add("--max_tokens_per_device", type=int, metavar="N", help="tokens per micro-batch, padding included")
     add("--gradient_checkpointing", action="store_true", help="compute activations twice instead of keeping them")
     add("--trust_remote_code", action="store_true", help="run code that the checkpoint's repository holds")

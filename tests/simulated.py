@@ -19,6 +19,7 @@ from accel_trainer.errors import Interrupted
 from accel_trainer.inputs import Inputs
 from accel_trainer.run import continue_run, prepare
 from accel_trainer.run_folder import RunFolder
+from accel_trainer.signals import StopRequest
 from accel_trainer.train import fit
 
 
@@ -92,16 +93,6 @@ class Rank:
     def log(self, values: Any, step: int) -> None: ...
 
 
-class StopAt:
-    """A request to stop after a step."""
-
-    def __init__(self, state: Any, step: int | None) -> None:
-        self.state, self.step = state, step
-
-    def agreed(self, accelerator: Any) -> bool:
-        return self.state.step == self.step
-
-
 def run_ranks(count: int, work: Callable[[Rank], None]) -> None:
     """`work` once per rank, at the same time; the first error of any is raised."""
     group = Group(count)
@@ -133,7 +124,7 @@ def train_as(inputs: Inputs, folder: Path, count: int, max_tokens: int, *, stop_
         run = prepare(rank, own, RunFolder(folder), max_tokens_per_device=max_tokens)  # type: ignore[arg-type]
         continue_run(run, None, (), keep_token_budget=False)
         with contextlib.suppress(Interrupted):
-            fit(run, StopAt(run.state, stop_after))  # type: ignore[arg-type]
+            fit(run, StopRequest(), stop_after)
 
     folder.mkdir(parents=True, exist_ok=True)
     run_ranks(count, work)

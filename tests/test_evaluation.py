@@ -108,5 +108,7 @@ def test_no_graph_is_kept(model: Any, tokens: Tokens, tmp_path: Any) -> None:
     with alone_on_the_cpu(tmp_path):
         predict_logits(Accelerator(cpu=True), Classifier(model), tokens, 100)
     assert all(parameter.grad is None for parameter in model.parameters())
-    model.eval()(**tokens.inputs(np.asarray([0]))).logits.sum().backward()  # inference mode did not stick to the weights
+    model.eval()(
+        **tokens.inputs(np.asarray([0]))
+    ).logits.sum().backward()  # inference mode did not stick to the weights
     model.zero_grad()

@@ -7,18 +7,18 @@ from pathlib import Path
 import pytest
 
 from accel_trainer.errors import UserError
-from accel_trainer.library import find_recipe, library_folders, recipe_names, shipped_recipes
+from accel_trainer.library import find_recipe, library_folders, recipe_names, shipped
 from accel_trainer.recipe_file import load_recipe
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shipped = tmp_path / "shipped"
+    library = tmp_path / "shipped"
     for name in ("imdb/distilbert", "imdb/bert", "quickstart"):
-        path = shipped / f"{name}.yaml"
+        path = library / f"{name}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("")
-    monkeypatch.setattr("accel_trainer.library.shipped_recipes", lambda: shipped)
+    monkeypatch.setattr("accel_trainer.library.shipped", lambda name: library)
     work = tmp_path / "work"
     (work / "recipes" / "imdb").mkdir(parents=True)
     (work / "recipes" / "imdb" / "distilbert.yaml").write_text("")
@@ -55,19 +55,19 @@ def test_a_typo_is_answered_with_the_name(here: Path, typed: str, meant: str) ->
 
 
 def test_nothing_in_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("accel_trainer.library.shipped_recipes", lambda: tmp_path / "none")
+    monkeypatch.setattr("accel_trainer.library.shipped", lambda name: tmp_path / "none")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="none in reach"):
         find_recipe("zzz")
 
 
 def test_one_folder_under_two_names_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(shipped_recipes().parent)
+    monkeypatch.chdir(shipped("recipes").parent)
     assert library_folders() == [Path("recipes")]
 
 
 def test_every_shipped_recipe_is_sound() -> None:
-    shipped = sorted(shipped_recipes().rglob("*.yaml"))
-    assert shipped
-    for path in shipped:
+    recipes = sorted(shipped("recipes").rglob("*.yaml"))
+    assert recipes
+    for path in recipes:
         load_recipe(path)

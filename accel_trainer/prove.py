@@ -1,0 +1,267 @@
+"""Prove on a recipe that nothing but rounding depends on the hardware: `accel-trainer prove RECIPE`.
+
+The recipe's first steps are taken by the trainer itself, started through `accelerate launch` as a user would: as several
+numbers of processes, several examples at a time or one, in one go and interrupted and resumed elsewhere. What they computed
+is compared with one process in one go, and with how far the result moves when that process only adds up the same numbers
+in another order, which is what rounding alone does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import load_file
+
+from accel_trainer import batching, hardware, order
+from accel_trainer.errors import TrainingFailed, UserError
+from accel_trainer.evaluation import predict_logits
+from accel_trainer.inputs import read_inputs
+from accel_trainer.library import find_recipe, shipped
+from accel_trainer.plan import TrainingPlan
+from accel_trainer.recipe_file import load_recipe
+from accel_trainer.run import Run, prepare
+from accel_trainer.run_folder import RunFolder, write_json
+from accel_trainer.tracking import logger, quieten_libraries
+from accel_trainer.train import add_gradients, apply_gradients
+
+Numbers = npt.NDArray[np.float64]
+
+FIXED_ROWS = 32  # whose logits are compared after the last step
+# Largest differences that count as rounding: relative ones of the loss and of the gradient norm of any step, and of the
+# logits after the last step relative to the largest of them. A wrong step differs by a thousand times as much.
+TOLERANCE = {"loss": 1e-5, "grad_norm": 1e-4, "logits": 1e-4}
+# What a proof needs changed in the recipe; none of it reaches a step.
+QUIET = (
+    "evaluation.eval_strategy=no",
+    "evaluation.early_stopping_patience=null",
+    "saving.save_strategy=no",
+    "saving.load_best_model_at_end=false",
+    "tracking.logging_steps=1",
+    "tracking.report_to=[]",
+)
+
+
+REORDERED = "1 process, the same numbers added in another order"
+
+
+@dataclass(frozen=True)
+class Leg:
+    """A part of a run that one launch computes, up to a step."""
+
+    processes: int
+    until: int
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to compute the same steps."""
+
+    name: str
+    legs: tuple[Leg, ...]
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What some steps computed. Legend: s steps, n fixed rows, c classes."""
+
+    loss: Numbers  # (s,)
+    grad_norm: Numbers  # (s,)
+    logits: Numbers  # (n, c), after the last step
+
+    def difference(self, other: Trace) -> dict[str, float]:
+        """Largest differences from `other`: see `TOLERANCE`; a number that is not one counts as infinitely far."""
+        largest = {
+            "loss": np.abs(self.loss / other.loss - 1).max(),
+            "grad_norm": np.abs(self.grad_norm / other.grad_norm - 1).max(),
+            "logits": np.abs(self.logits - other.logits).max() / np.abs(other.logits).max(),
+        }
+        return {name: float(value) if np.isfinite(value) else float("inf") for name, value in largest.items()}
+
+
+def layouts(processes: Sequence[int], steps: int, *, gpu: bool) -> list[Layout]:
+    """The reference, one process in one go on the CPU, and then every other way."""
+    budget = batching.CPU_TOKENS
+    found = [Layout("1 process", (Leg(1, steps),), budget)]
+    found.append(Layout("1 process, one example at a time", (Leg(1, steps),), 1))
+    for count in sorted({*processes} - {1}):
+        found.append(Layout(f"{count} processes", (Leg(count, steps),), budget))
+        found.append(Layout(f"{count} processes, one example at a time", (Leg(count, steps),), 1))
+    half = steps // 2
+    if half:
+        for count in sorted({*processes} - {1}):
+            found.append(Layout(f"1 process, resumed as {count}", (Leg(1, half), Leg(count, steps)), budget))
+            found.append(Layout(f"{count} processes, resumed as 1", (Leg(count, half), Leg(1, steps)), budget))
+        if {*processes} == {1}:
+            found.append(Layout("1 process, resumed", (Leg(1, half), Leg(1, steps)), budget))
+    if gpu:
+        found.append(Layout("1 GPU", (Leg(1, steps, "cuda"),), 4 * budget))
+        if half:
+            found.append(Layout("1 process, resumed on a GPU", (Leg(1, half), Leg(1, steps, "cuda")), budget))
+    return found
+
+
+def prove(
+    recipe: str,
+    overrides: Sequence[str] = (),
+    *,
+    processes: Sequence[int] = (1, 2),
+    steps: int = 3,
+    output: Path | None = None,
+    trust_remote_code: bool = False,
+) -> bool:
+    """Take a recipe's first steps in every layout, print how far they differ, and write it to `output` as JSON.
+
+    Args:
+        recipe: path or name.
+        overrides: `section.key=value`.
+        processes: numbers of processes on this machine; 1 is always among them.
+        steps: optimizer steps; fewer if the recipe has fewer.
+        output: a JSON file, None for none.
+        trust_remote_code: run code that the checkpoint's repository holds.
+
+    Returns:
+        whether every layout agrees with the reference to within `TOLERANCE`.
+
+    Raises:
+        UserError: recipe or data are not as they should be, or a number makes no sense.
+        TrainingFailed: a run of the trainer failed.
+    """
+    if steps < 1 or min(processes, default=0) < 1:
+        raise UserError("prove: --steps and --processes are positive numbers, such as --steps 3 --processes 1,2")
+    # This process computes in float32 on the CPU as well, whatever its environment says.
+    os.environ.update({"ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no"})
+    quieten_libraries()
+    name, path = find_recipe(recipe)
+    overrides = [*overrides, *QUIET]
+    inputs = read_inputs(load_recipe(path, overrides), trust_remote_code=trust_remote_code)
+    steps = min(steps, TrainingPlan.of(inputs.recipe, len(inputs.splits["train"])).total_steps)
+    with tempfile.TemporaryDirectory(prefix="accel-trainer-prove-") as place:
+        run = prepare(hardware.start_accelerator(), inputs, RunFolder(Path(place) / "reordered"))
+        reordered = reversed_order(run, steps)
+        traces = {}
+        ways = layouts(processes, steps, gpu=torch.cuda.is_available())
+        for i, layout in enumerate(ways):
+            started = time.perf_counter()
+            folder = Path(place) / str(i)
+            traces[layout] = take_steps(run, path, overrides, layout, folder, trust_remote_code=trust_remote_code)
+            logger.info("%d/%d %s: %.0f s", i + 1, len(ways), layout.name, time.perf_counter() - started)
+    reference = next(iter(traces.values()))
+    spread = reordered.difference(reference)
+    differences = {layout: trace.difference(reference) for layout, trace in list(traces.items())[1:]}
+    agrees = all(found[key] <= TOLERANCE[key] for found in differences.values() for key in TOLERANCE)
+    print(table(name, steps, differences, spread, agrees=agrees))
+    if output is not None:
+        write_json(output, report(name, steps, reference, differences, spread, agrees=agrees))
+    return agrees
+
+
+def reversed_order(run: Run, steps: int) -> Trace:
+    """The steps of one process that adds up each global batch from its other end."""
+    run.model.train()
+    loss, grad_norm = [], []
+    training, split = run.inputs.recipe.training, run.inputs.splits["train"]
+    for step in range(steps):
+        rows = order.global_batch(
+            step, seed=training.seed, num_examples=len(split), global_batch_size=training.global_batch_size
+        )
+        (micro_batches,) = batching.divide_batch(split.tokens.lengths[rows], 1, run.max_tokens)
+        backwards = [replace(part, indices=part.indices[::-1].copy()) for part in reversed(micro_batches)]
+        loss.append(float(add_gradients(run, step, rows, backwards)) / len(rows))
+        grad_norm.append(float(apply_gradients(run)))
+    return Trace(np.asarray(loss), np.asarray(grad_norm), fixed_logits(run))
+
+
+def fixed_logits(run: Run) -> Numbers:
+    """Logits of the first rows of the validation split, or of the training split; shape (n, c)."""
+    tokens = run.inputs.splits.get("validation", run.inputs.splits["train"]).tokens
+    first = replace(tokens, lengths=tokens.lengths[:FIXED_ROWS])
+    return predict_logits(run.accelerator, run.model, first, run.max_tokens).astype(np.float64)
+
+
+def take_steps(
+    run: Run, recipe: Path, overrides: Sequence[str], layout: Layout, folder: Path, *, trust_remote_code: bool
+) -> Trace:
+    """Start the trainer once for each leg of a layout and read what it left; `run` computes the final logits.
+
+    Raises:
+        TrainingFailed: the trainer failed.
+    """
+    for leg in layout.legs:
+        config = "single_gpu" if leg.device == "cuda" else "cpu" if leg.processes == 1 else "multi_cpu"
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", "no"]
+        launch += ["--config_file", str(shipped("accelerate_configs") / f"{config}.yaml")]
+        launch += ["--num_processes", str(leg.processes), "-m", "accel_trainer.train", str(recipe), *overrides]
+        launch += ["--output_dir", str(folder), "--max_tokens_per_device", str(layout.max_tokens)]
+        launch += ["--stop_after", str(leg.until), "--resume", *["--trust_remote_code"] * trust_remote_code]
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")}
+        done = subprocess.run(launch, env=environment, capture_output=True, text=True, check=False)
+        status = RunFolder(folder).status()
+        if (status.get("state"), status.get("step")) != ("interrupted", leg.until):
+            said = status.get("reason") or "\n".join(done.stderr.strip().splitlines()[-20:])
+            raise TrainingFailed(f"{layout.name}: the trainer failed\n{said}")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    last = folder / "checkpoints" / f"checkpoint-{layout.legs[-1].until}"
+    run.inputs.model.load_state_dict(load_file(last / "model.safetensors"))
+    return Trace(
+        np.asarray([line["loss"] for line in lines]),
+        np.asarray([line["grad_norm"] for line in lines]),
+        fixed_logits(run),
+    )
+
+
+def table(
+    name: str, steps: int, differences: dict[Layout, dict[str, float]], spread: dict[str, float], *, agrees: bool
+) -> str:
+    """What people read."""
+    titles = [REORDERED, *(layout.name for layout in differences)]
+    wide = max(map(len, titles))
+
+    def line(title: str, loss: str, grad_norm: str, logits: str) -> str:
+        return f"{title:<{wide}}  {loss:>9}  {grad_norm:>13}  {logits:>9}".rstrip()
+
+    def numbers(title: str, found: dict[str, float]) -> str:
+        cells = (f"{found[key]:.1e}{'!' if found[key] > TOLERANCE[key] else ' '}" for key in TOLERANCE)
+        return line(title, *cells)
+
+    lines = [f"{name}, steps 1 to {steps}, float32: largest relative difference from 1 process on the CPU", ""]
+    lines += [line("", "loss ", "gradient norm ", "logits ")]
+    lines += [numbers(layout.name, found) for layout, found in differences.items()]
+    lines += ["", numbers(REORDERED, spread), numbers("allowed", TOLERANCE)]
+    lines += ["", "the same training" if agrees else "NOT the same training: what is marked with ! is beyond rounding"]
+    return "\n".join(lines)
+
+
+def report(
+    name: str,
+    steps: int,
+    reference: Trace,
+    differences: dict[Layout, dict[str, float]],
+    spread: dict[str, float],
+    *,
+    agrees: bool,
+) -> dict[str, Any]:
+    """What programs read."""
+    return {
+        "recipe": name,
+        "steps": steps,
+        "agrees": agrees,
+        "tolerance": TOLERANCE,
+        "summed_the_other_way_round": spread,
+        "layouts": [{**asdict(layout), **found} for layout, found in differences.items()],
+        "reference": {"loss": reference.loss.tolist(), "grad_norm": reference.grad_norm.tolist()},
+        "versions": hardware.versions(),
+    }

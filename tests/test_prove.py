@@ -1,0 +1,112 @@
+"""The proof: what it compares, what it says, and that it says no."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from harness import alone_on_the_cpu, start, write_recipe_in
+
+from accel_trainer import prove as module
+from accel_trainer.cli import main
+from accel_trainer.prove import REORDERED, TOLERANCE, Layout, Leg, Trace, layouts, table
+
+TRACE = Trace(np.asarray([0.5, 0.25]), np.asarray([2.0, 1.0]), np.asarray([[0.1, -0.2], [0.3, -0.4]]))
+
+
+def test_every_way_is_compared() -> None:
+    ways = layouts([1, 2, 4], 5, gpu=False)
+    assert ways[0].legs == (Leg(1, 5),)
+    assert len({way.name for way in ways}) == len(ways) == 10
+    for count in (1, 2, 4):
+        assert {way.max_tokens for way in ways if way.legs == (Leg(count, 5),)} == {1, 4096}
+    for count in (2, 4):
+        assert {way.legs for way in ways if len(way.legs) == 2 and Leg(count, 2) in way.legs} == {
+            (Leg(count, 2), Leg(1, 5))
+        }
+        assert {way.legs for way in ways if way.legs[-1] == Leg(count, 5) and len(way.legs) == 2} == {
+            (Leg(1, 2), Leg(count, 5))
+        }
+    assert all(way.legs[-1].until == 5 for way in ways)
+    assert [way.legs for way in layouts([1], 2, gpu=False)][2:] == [(Leg(1, 1), Leg(1, 2))]
+    assert all(len(way.legs) == 1 for way in layouts([2], 1, gpu=False))  # one step cannot be interrupted
+    assert [way.legs[-1] for way in layouts([1], 3, gpu=True)][-2:] == [Leg(1, 3, "cuda")] * 2
+
+
+def test_differences_are_the_largest_and_relative() -> None:
+    other = Trace(TRACE.loss * [1.0, 1.5], TRACE.grad_norm * [0.75, 1.0], TRACE.logits + np.asarray([[0, 0.1], [0, 0]]))
+    assert other.difference(TRACE) == pytest.approx({"loss": 0.5, "grad_norm": 0.25, "logits": 0.25})
+    broken = replace(TRACE, loss=np.asarray([0.5, np.nan]))
+    assert broken.difference(TRACE) == {"loss": float("inf"), "grad_norm": 0.0, "logits": 0.0}
+
+
+def test_what_is_beyond_rounding_is_marked() -> None:
+    rounding = dict.fromkeys(TOLERANCE, 1e-8)
+    shown = table("a", 3, {Layout("two", (), 1): {**rounding, "logits": 0.5}}, rounding, agrees=False).splitlines()
+    (line,) = (line for line in shown if line.startswith("two"))
+    assert line.split()[1:] == ["1.0e-08", "1.0e-08", "5.0e-01!"]
+    assert [line for line in shown if "!" in line][1:] == [shown[-1]]
+    assert any(line.startswith(REORDERED) for line in shown)
+
+
+def run_main(place: Path, *arguments: str) -> int:
+    with alone_on_the_cpu(place / "cache"):
+        return main(["prove", *arguments])
+
+
+@pytest.mark.parametrize("key", TOLERANCE)
+def test_a_difference_fails(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    recipe, steps = write_recipe_in(tmp_path), 2
+    taken: list[Layout] = []
+
+    def pretend(run: Any, recipe: Path, overrides: Any, layout: Layout, folder: Path, **more: Any) -> Trace:
+        taken.append(layout)
+        factor = 1 + (2 * TOLERANCE[key] if len(taken) == 4 else 0)
+        return replace(TRACE, **{key: getattr(TRACE, key) * factor})
+
+    monkeypatch.setattr(module, "take_steps", pretend)
+    monkeypatch.setattr(module, "reversed_order", lambda run, steps: TRACE)
+    assert run_main(tmp_path, str(recipe), "--steps", str(steps), "--output", str(tmp_path / "proof.json")) == 1
+    proof = json.loads((tmp_path / "proof.json").read_text(encoding="utf-8"))
+    assert proof["agrees"] is False
+    assert len(proof["layouts"]) == len(taken) - 1
+    assert [layout["name"] for layout in proof["layouts"] if layout[key] > TOLERANCE[key]] == [taken[3].name]
+    assert "NOT the same" in capsys.readouterr().out
+
+
+def test_a_run_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    recipe = write_recipe_in(tmp_path)
+    monkeypatch.setattr(module, "shipped", lambda name: tmp_path)  # no accelerate config there
+    assert run_main(tmp_path, str(recipe)) == 1
+    said = capsys.readouterr().err
+    assert "1 process: the trainer failed" in said
+    assert "cpu.yaml" in said
+    assert "Traceback" not in said.splitlines()[0]
+
+
+@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--processes", "0,1"], ["missing=1"]])
+def test_mistakes(arguments: list[str], tmp_path: Path) -> None:
+    assert run_main(tmp_path, str(write_recipe_in(tmp_path)), *arguments) == 2
+
+
+@pytest.mark.launch
+def test_a_recipe_is_proved(tmp_path: Path) -> None:
+    """Through real launches; the schedule is the recipe's own, and nothing of the recipe's saving gets in the way."""
+    recipe = write_recipe_in(tmp_path, evaluation={"early_stopping_patience": 1})
+    command = [sys.executable, "-c", "import sys; from accel_trainer.cli import main; sys.exit(main())"]
+    proof = start([*command, "prove", str(recipe), "--steps", "2", "--output", "proof.json"], tmp_path, timeout=300)
+    assert proof.code == 0, proof.err
+    assert proof.out.splitlines()[-1] == "the same training"
+    found = proof.json("proof.json")
+    assert len(found["layouts"]) == 5
+    assert found["reference"]["loss"][0] != found["reference"]["loss"][1]
+    for layout in found["layouts"]:
+        assert 0 <= layout["loss"] <= 2e-6
+    assert any(layout["loss"] > 0 or layout["logits"] > 0 for layout in found["layouts"])  # they were computed anew
+    assert 0 < max(found["summed_the_other_way_round"].values()) < 1e-5
+    assert sorted(path.name for path in tmp_path.iterdir() if "run" in path.name) == []

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,11 @@ def _signed(word: int) -> int:
     """A 32-bit word as the int32 of the same bits."""
     word %= 2**32
     return word - 2**32 if word >= 2**31 else word
+
+
+@cache
+def _word_of(name: str) -> int:
+    return _signed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little"))
 
 
 # Multipliers and shifts of `lowbias32` (Wellons, hash-prospector), chosen by search for their small bias.
@@ -144,10 +150,9 @@ class DropoutKeys:
         else:
             call = self.calls[module]
             self.calls[module] += 1
-        name = int.from_bytes(hashlib.sha256(module.encode()).digest()[:4], "little")
         a, b = self.words.unbind(-1)
-        for coordinate in (_signed(name), call):
-            a, b = _absorb(a, b, torch.tensor(coordinate, dtype=torch.int32, device=a.device))
+        for coordinate in (_word_of(module), call):
+            a, b = _absorb(a, b, a.new_full((), coordinate))  # filled on the device: a copy would wait for it
         return a, b
 
 

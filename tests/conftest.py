@@ -11,7 +11,11 @@ os.environ.update({"HF_HUB_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1", "TOKENIZER
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from hypothesis import settings
 from support import reviews, tiny_recipe, write_csv
+
+settings.register_profile("busy machines", deadline=None)  # no test asserts a time
+settings.load_profile("busy machines")
 
 
 @pytest.fixture(autouse=True)

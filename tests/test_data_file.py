@@ -117,7 +117,7 @@ CELLS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]
         "\u2028",
     ]
 )
-ONCE = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+ONCE = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @ONCE

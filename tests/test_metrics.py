@@ -90,7 +90,7 @@ def mean_loss_of_eye(references, predictions, num_labels):
 
 
 @given(class_ids())
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_shipped_metrics_are_scikit_learn_s_over_all_classes(case):
     num_labels, references, predictions = case
     loaded = m.load_metrics(SHIPPED_METRICS)
@@ -118,7 +118,7 @@ def matthews_by_hand(num_labels, references, predictions):
 
 
 @given(class_ids())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_detailed_report_counts_what_hands_count(case):
     num_labels, references, predictions = case
     names = [f"name {label}" for label in range(num_labels)]
@@ -168,7 +168,7 @@ def test_a_class_without_rows_counts_in_macro():
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 50), st.integers(2, 6), st.sampled_from([1e-3, 1.0, 300.0]))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_loss_is_torch_s_in_float64(seed, n, num_labels, scale):
     random = np.random.default_rng(seed)
     logits = (random.normal(size=(n, num_labels)) * scale).astype(np.float32)
@@ -475,7 +475,7 @@ def test_report_as_text():
 
 
 @given(class_ids(), st.lists(st.text("a差é中B", min_size=1, max_size=9), min_size=6, max_size=6, unique=True))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_report_as_text_is_aligned_on_screen_and_means_what_scikit_learn_means(case, names):
     num_labels, references, predictions = case
     report = m.detailed_report(logits_of(predictions, num_labels), references, names[:num_labels])

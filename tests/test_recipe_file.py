@@ -240,7 +240,7 @@ def test_one_planted_mistake_is_found_alone(plant: Plant) -> None:
     check_planted([plant])
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(0, 2**32), st.integers(2, 40))
 def test_mistakes_planted_together_are_all_found(seed: int, n: int) -> None:
     chosen: list[Plant] = []
@@ -336,13 +336,13 @@ YAML_PIECES = st.lists(
 ).map("".join)  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.one_of(st.text(), st.binary(), YAML_PIECES))
 def test_any_text_is_read_or_refused(text: str | bytes) -> None:
     reads_or_refuses(text)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_a_mangled_recipe_is_read_or_refused(data: st.DataObject) -> None:
     text = data.draw(st.sampled_from([BASE, MINIMAL]))
@@ -354,7 +354,7 @@ def test_a_mangled_recipe_is_read_or_refused(data: st.DataObject) -> None:
 KEYS = ["training.seed", "dataset", "dataset.labels", "dataset.data_files", "dataset.splits.train", "model.from_config.a", "x", "lr"]  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.one_of(st.text(), st.builds(lambda key, value: f"{key}={value}", st.sampled_from(KEYS), YAML_PIECES)))
 def test_any_override_is_applied_or_refused(override: str) -> None:
     reads_or_refuses(MINIMAL, (override,))
@@ -448,7 +448,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
     return Recipe.model_validate(values)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 @given(recipes(), words)
 def test_what_is_written_loads_back(recipe: Recipe, header: str) -> None:
     text = to_yaml(recipe, "".join(character for character in header if character.isprintable()))

@@ -35,7 +35,7 @@ SINGLES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False)
 PLAIN = st.recursive(SINGLES, lambda below: st.lists(below, max_size=3) | st.dictionaries(TEXTS, below, max_size=3))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.dictionaries(TEXTS, PLAIN, min_size=1, max_size=3))
 def test_plain_values_are_read_back(values: dict[str, Any]) -> None:
     draft = Draft("r")

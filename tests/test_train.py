@@ -31,7 +31,7 @@ from harness import (
 from safetensors.torch import load_file
 from support import reviews, write_csv
 
-from accel_trainer import order
+from accel_trainer import dropout, order
 from accel_trainer.classifier import Classifier
 
 FIVE_STEPS = {"global_batch_size": 16, "max_steps": 5, "num_train_epochs": None}
@@ -270,6 +270,26 @@ def test_steps_are_those_of_a_plain_loop(place: Path, max_tokens: int) -> None:
     assert any(norm > 0.3 for _, norm, _ in expected)
     found = [(line["loss"], line["grad_norm"], line["learning_rate"]) for line in outcome.steps]
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
+def test_dropout_is_that_of_seed_step_and_row(place: Path) -> None:
+    """At a rate of next to nothing, every step over all rows would have the same loss, but for what is dropped."""
+    recipe = write_recipe_in(
+        place,
+        "dropped.yaml",
+        training={"global_batch_size": 60, "num_train_epochs": 4, "learning_rate": 1e-30},
+        evaluation={"eval_strategy": "no"},
+        saving={"load_best_model_at_end": False},
+    )
+    outcome = run_trainer(recipe, place / "dropped", "--max_tokens_per_device", "100")
+    inputs = inputs_of(recipe, place)
+    classifier, split, rows = Classifier(inputs.model).train(), inputs.splits["train"], np.arange(60)
+    expected = []
+    for step in range(4):
+        logits = classifier(split.tokens.inputs(rows), dropout.example_keys(rows, seed=42, step=step))
+        expected.append(torch.nn.functional.cross_entropy(logits, torch.from_numpy(split.rows.labels)).item())
+    np.testing.assert_allclose(outcome.losses, expected, rtol=1e-6)
+    assert np.diff(sorted(expected)).min() > 1e-5  # no two steps drop the same
 
 
 def test_weights_after_sgd_are_those_of_a_plain_loop(place: Path) -> None:

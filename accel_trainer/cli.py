@@ -108,7 +108,7 @@ def prove(arguments: argparse.Namespace) -> int:
     return EXIT_DONE if agrees else EXIT_FAILED
 
 
-def numbers(text: str) -> list[int]:
+def process_counts(text: str) -> list[int]:
     """Numbers between commas."""
     return [int(count) for count in text.split(",")]
 
@@ -134,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("recipe")
     verb.add_argument("overrides", nargs="*", metavar="section.key=value")
     verb.add_argument(
-        "--processes", type=numbers, default=[1, 2], metavar="1,2", help="numbers of processes to compare"
+        "--processes", type=process_counts, default=[1, 2], metavar="1,2", help="numbers of processes to compare"
     )
     verb.add_argument("--steps", type=int, default=3, metavar="N", help="optimizer steps to take (default: 3)")
     verb.add_argument("--output", type=Path, help="JSON file for the differences")
@@ -178,6 +178,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except AccelTrainerError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_FAILED
     except BrokenPipeError:
         return EXIT_DONE
     return code

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -40,20 +39,19 @@ def example_keys(rows: Rows, *, seed: int, step: int) -> Tensor:
         step: optimizer steps taken before this one.
 
     Returns:
-        shape (b, 2), int32: two words, because 2³² keys are few enough to meet by chance within a run.
+        shape (b, 4), int32: two words of the example, because 2³² keys are few enough to meet by chance within a run, and
+        two of the step, the same for all, for dropout of what belongs to no example.
     """
-    return torch.from_numpy(keyed(rows, Purpose.DROPOUT, seed, step).view(np.int32).reshape(-1, 2))
+    words = np.empty((len(rows), 2), dtype=np.uint64)
+    words[:, 0] = keyed(rows, Purpose.DROPOUT, seed, step)
+    words[:, 1] = keyed(0, Purpose.SHARED_DROPOUT, seed, step)
+    return torch.from_numpy(words.view(np.int32))
 
 
 def _signed(word: int) -> int:
     """A 32-bit word as the int32 of the same bits."""
     word %= 2**32
     return word - 2**32 if word >= 2**31 else word
-
-
-@cache
-def _word_of(name: str) -> int:
-    return _signed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little"))
 
 
 # Multipliers and shifts of `lowbias32` (Wellons, hash-prospector), chosen by search for their small bias.
@@ -96,7 +94,7 @@ def drop(x: Tensor, p: float, keys: tuple[Tensor, Tensor]) -> Tensor:
         shape and type of `x`.
 
     Raises:
-        UserError: the first axis is not that of the examples, as in XLNet.
+        UserError: the first axis is not that of the examples.
     """
     a, b = keys
     threshold = round(p * LEVELS)
@@ -111,14 +109,16 @@ def drop(x: Tensor, p: float, keys: tuple[Tensor, Tensor]) -> Tensor:
     pairs = torch.arange((features + 1) // 2, dtype=torch.int32, device=x.device)
     words = _scramble(a.unsqueeze(-1) ^ pairs * SPREAD_A, b.unsqueeze(-1))
     kept = words.view(torch.int16)[..., :features] >= threshold - LEVELS // 2
-    return x * kept.reshape(x.shape).to(x.dtype) * (LEVELS / (LEVELS - threshold))
+    # Multiplying by truth values keeps one byte a number for the backward pass.
+    return x * kept.reshape(x.shape) * (LEVELS / (LEVELS - threshold))
 
 
 @dataclass
 class DropoutKeys:
-    """Whose dropout is computed: shared by all sites of a model, set anew for every forward pass."""
+    """Whose dropout is computed: common to all sites of a model, set anew for every forward pass."""
 
-    words: Tensor | None = None  # (b, 2) int32, of the examples of the micro-batch
+    words: Tensor | None = None  # (b, 4) int32, of the examples of the micro-batch
+    shared: frozenset[str] = frozenset()  # modules that drop from what belongs to no example, as DeBERTa's positions
     calls: Counter[str] = field(default_factory=Counter)  # by module, in this forward pass
     replaying: bool = (
         False  # the forward pass is over; what computes now is gradient checkpointing, in the backward pass
@@ -133,25 +133,26 @@ class DropoutKeys:
         """End it; the keys stay in force for the backward pass."""
         self.replaying = True
 
-    def at(self, module: str) -> tuple[Tensor, Tensor]:
-        """Keys of the examples at the site that this call of `module` is, each (b,).
+    def at(self, site: Site) -> tuple[Tensor, Tensor]:
+        """Keys of the examples at this call of a site, each (b,); at a shared site the step's, each (1,).
 
         Raises:
             UserError: a layer that is used several times is computed again, and nobody can tell which time is meant.
         """
         assert self.words is not None, "a forward pass in training needs the keys of its examples"
         if self.replaying:
-            if self.calls[module] != 1:
+            if self.calls[site.module] != 1:
                 raise UserError(
-                    f"model: {module} is used {self.calls[module]} times in a forward pass, so that its dropout cannot be "
+                    f"model: {site.module} is used {self.calls[site.module]} times in a forward pass, so that its dropout cannot be "
                     "replayed; train it without gradient (or activation) checkpointing"
                 )
             call = 0
         else:
-            call = self.calls[module]
-            self.calls[module] += 1
-        a, b = self.words.unbind(-1)
-        for coordinate in (_word_of(module), call):
+            call = self.calls[site.module]
+            self.calls[site.module] += 1
+        words = self.words[:1, 2:] if site.module in self.shared else self.words[:, :2]
+        a, b = words.unbind(-1)
+        for coordinate in (site.word, call):
             a, b = _absorb(a, b, a.new_full((), coordinate))  # filled on the device: a copy would wait for it
         return a, b
 
@@ -162,10 +163,15 @@ class Site:
 
     keys: DropoutKeys
     module: str
+    word: int = field(init=False)  # hash of the name
+
+    def __post_init__(self) -> None:
+        digest = hashlib.sha256(self.module.encode()).digest()
+        object.__setattr__(self, "word", _signed(int.from_bytes(digest[:4], "little")))
 
     def drop(self, x: Tensor, p: float) -> Tensor:
         """Dropout of `x` (b, …, features) at this site's next call."""
-        return drop(x, p, self.keys.at(self.module))
+        return drop(x, p, self.keys.at(self))
 
 
 class KeyedDropout(nn.Dropout):
@@ -202,7 +208,8 @@ def keyed_attention(
         query: (b, h, q, d).
         key: (b, h, k, d).
         value: (b, h, k, d).
-        attention_mask: (b, 1, q, k) or broadcastable, True where a query may look; None if everywhere.
+        attention_mask: (b, 1, q, k) or broadcastable, True where a query may look, or a number added to its score; None
+            if it may look everywhere.
         dropout: probability of dropping an attention weight.
         scaling: factor of the scores, d^-½ by default.
         kwargs: what else the model hands on.
@@ -214,11 +221,17 @@ def keyed_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=0.0, scaling=scaling, **kwargs)
     if kwargs.get("softcap") is not None or kwargs.get("position_bias") is not None:
         raise UserError("model.attention_dropout: this encoder bends its attention scores; set the key to 0.0")
-    if attention_mask is None and kwargs.get("is_causal", getattr(module, "is_causal", False)):
+    is_causal = kwargs.get("is_causal")
+    if attention_mask is None and (getattr(module, "is_causal", False) if is_causal is None else is_causal):
         attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    groups = getattr(module, "num_key_value_groups", 1)  # queries that share a key, as in EuroBERT
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if attention_mask is not None:  # finite, because a padded query may have no key to look at
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        # Finite, because a padded query may have no key to look at.
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
+        scores = scores + attention_mask
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
     site: Site = module.dropout_site  # type: ignore[assignment]
     return (site.drop(weights, dropout) @ value).transpose(1, 2).contiguous(), None
@@ -231,21 +244,22 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # without it the function
 def install(model: PreTrainedModel) -> DropoutKeys:
     """Give every dropout of a model a site, attention's too. Nothing of it is saved with the model.
 
+    Attention that is not torch's fused one by default is left alone: it may do more than the function above knows of.
+
     Returns:
         the keys that all its sites read.
     """
     keys = DropoutKeys()
+    replaced: dict[nn.Module, nn.Module] = {}
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Dropout):
-            _replace(model, module, KeyedDropout(module.p, Site(keys, name)))
+        if type(module) in (nn.Dropout, KeyedDropout):
+            replaced[module] = KeyedDropout(module.p, Site(keys, name))
         else:
             module.dropout_site = Site(keys, name)  # any of them may compute attention
-    model.set_attn_implementation(ATTENTION)
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in replaced:
+                setattr(parent, name, replaced[child])
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(ATTENTION)
     return keys
-
-
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    for parent in model.modules():
-        for name, child in parent.named_children():
-            if child is old:
-                setattr(parent, name, new)

@@ -24,6 +24,7 @@ class Purpose(IntEnum):
     SPLIT = 3
     SUBSET = 4
     DROPOUT = 5
+    SHARED_DROPOUT = 6
 
 
 def mix(words: Words) -> Words:

@@ -2,14 +2,15 @@
 
 The recipe's first steps are taken by the trainer itself, started through `accelerate launch` as a user would: as several
 numbers of processes, several examples at a time or one, in one go and interrupted and resumed elsewhere. What they computed
-is compared with one process in one go, and with how far the result moves when that process only adds up the same numbers
-in another order, which is what rounding alone does.
+is compared with one process in one go. Beside it stands how far the result moves when that process only adds up the same
+numbers in another order, which is what rounding alone does.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,26 +23,29 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from numpy.linalg import norm
 from safetensors.torch import load_file
 
-from accel_trainer import batching, hardware, order
+from accel_trainer import batching, hardware
 from accel_trainer.errors import TrainingFailed, UserError
 from accel_trainer.evaluation import predict_logits
 from accel_trainer.inputs import read_inputs
 from accel_trainer.library import find_recipe, shipped
 from accel_trainer.plan import TrainingPlan
 from accel_trainer.recipe_file import load_recipe
-from accel_trainer.run import Run, prepare
+from accel_trainer.run import Run, optimizer_state, prepare
 from accel_trainer.run_folder import RunFolder, write_json
 from accel_trainer.tracking import logger, quieten_libraries
-from accel_trainer.train import add_gradients, apply_gradients
+from accel_trainer.train import add_gradients, apply_gradients, divided_rows
 
 Numbers = npt.NDArray[np.float64]
 
+TRAINER = "accel_trainer.train"
 FIXED_ROWS = 32  # whose logits are compared after the last step
-# Largest differences that count as rounding: relative ones of the loss and of the gradient norm of any step, and of the
-# logits after the last step relative to the largest of them. A wrong step differs by a thousand times as much.
-TOLERANCE = {"loss": 1e-5, "grad_norm": 1e-4, "logits": 1e-4}
+# Largest relative differences that count as rounding: of the loss, the gradient norm and the learning rate of any step; of
+# the optimizer's state after the last step, which remembers every gradient even while the rate is next to nothing; of the
+# logits, relative to the largest of them.
+TOLERANCE = {"loss": 1e-5, "grad_norm": 1e-4, "learning_rate": 0.0, "optimizer": 1e-4, "logits": 1e-4}
 # What a proof needs changed in the recipe; none of it reaches a step.
 QUIET = (
     "evaluation.eval_strategy=no",
@@ -53,6 +57,8 @@ QUIET = (
 )
 
 
+# What a launch around this command would tell the launches inside it.
+LAUNCH_VARIABLES = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_")
 REORDERED = "1 process, the same numbers added in another order"
 
 
@@ -76,20 +82,28 @@ class Layout:
 
 @dataclass(frozen=True)
 class Trace:
-    """What some steps computed. Legend: s steps, n fixed rows, c classes."""
+    """What some steps computed. Legend: s steps, m numbers of the optimizer's state, n fixed rows, c classes."""
 
     loss: Numbers  # (s,)
     grad_norm: Numbers  # (s,)
+    learning_rate: Numbers  # (s,)
+    optimizer: Numbers  # (m,), after the last step
     logits: Numbers  # (n, c), after the last step
 
     def difference(self, other: Trace) -> dict[str, float]:
-        """Largest differences from `other`: see `TOLERANCE`; a number that is not one counts as infinitely far."""
-        largest = {
+        """Relative differences from `other`, as `TOLERANCE` has them; what is not a number counts as infinitely far."""
+        apart = {
             "loss": np.abs(self.loss / other.loss - 1).max(),
             "grad_norm": np.abs(self.grad_norm / other.grad_norm - 1).max(),
+            # A warm-up begins with 0.
+            "learning_rate": np.abs(self.learning_rate - other.learning_rate).max()
+            / (other.learning_rate.max() or 1.0),
+            "optimizer": norm(self.optimizer - other.optimizer) / norm(other.optimizer)
+            if len(other.optimizer)
+            else 0.0,
             "logits": np.abs(self.logits - other.logits).max() / np.abs(other.logits).max(),
         }
-        return {name: float(value) if np.isfinite(value) else float("inf") for name, value in largest.items()}
+        return {name: float(value) if np.isfinite(value) else float("inf") for name, value in apart.items()}
 
 
 def layouts(processes: Sequence[int], steps: int, *, gpu: bool) -> list[Layout]:
@@ -108,7 +122,7 @@ def layouts(processes: Sequence[int], steps: int, *, gpu: bool) -> list[Layout]:
         if {*processes} == {1}:
             found.append(Layout("1 process, resumed", (Leg(1, half), Leg(1, steps)), budget))
     if gpu:
-        found.append(Layout("1 GPU", (Leg(1, steps, "cuda"),), 4 * budget))
+        found.append(Layout("1 GPU", (Leg(1, steps, "cuda"),), budget))
         if half:
             found.append(Layout("1 process, resumed on a GPU", (Leg(1, half), Leg(1, steps, "cuda")), budget))
     return found
@@ -142,8 +156,10 @@ def prove(
     """
     if steps < 1 or min(processes, default=0) < 1:
         raise UserError("prove: --steps and --processes are positive numbers, such as --steps 3 --processes 1,2")
-    # This process computes in float32 on the CPU as well, whatever its environment says.
-    os.environ.update({"ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no"})
+    # This process is no part of a launch, and computes in float32 on the CPU, whatever its environment says.
+    for name in [name for name in os.environ if name.startswith(LAUNCH_VARIABLES)]:
+        del os.environ[name]
+    os.environ["ACCELERATE_USE_CPU"] = "true"
     quieten_libraries()
     name, path = find_recipe(recipe)
     overrides = [*overrides, *QUIET]
@@ -172,17 +188,21 @@ def prove(
 def reversed_order(run: Run, steps: int) -> Trace:
     """The steps of one process that adds up each global batch from its other end."""
     run.model.train()
-    loss, grad_norm = [], []
-    training, split = run.inputs.recipe.training, run.inputs.splits["train"]
+    loss, grad_norm, learning_rate = [], [], []
     for step in range(steps):
-        rows = order.global_batch(
-            step, seed=training.seed, num_examples=len(split), global_batch_size=training.global_batch_size
-        )
-        (micro_batches,) = batching.divide_batch(split.tokens.lengths[rows], 1, run.max_tokens)
+        rows, (micro_batches,) = divided_rows(run, step)
         backwards = [replace(part, indices=part.indices[::-1].copy()) for part in reversed(micro_batches)]
         loss.append(float(add_gradients(run, step, rows, backwards)) / len(rows))
+        learning_rate.append(run.scheduler.get_last_lr()[-1])
         grad_norm.append(float(apply_gradients(run)))
-    return Trace(np.asarray(loss), np.asarray(grad_norm), fixed_logits(run))
+    state, _ = optimizer_state(run)
+    return Trace(np.asarray(loss), np.asarray(grad_norm), np.asarray(learning_rate), flat(state), fixed_logits(run))
+
+
+def flat(state: dict[str, torch.Tensor]) -> Numbers:
+    """All that an optimizer remembers of gradients, in the order of the names; shape (m,)."""
+    names = sorted(name for name in state if not name.endswith(" step"))  # a count, beside which all else would vanish
+    return np.concatenate([np.empty(0), *(state[name].double().ravel().numpy() for name in names)])
 
 
 def fixed_logits(run: Run) -> Numbers:
@@ -204,23 +224,25 @@ def take_steps(
         config = "single_gpu" if leg.device == "cuda" else "cpu" if leg.processes == 1 else "multi_cpu"
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", "no"]
         launch += ["--config_file", str(shipped("accelerate_configs") / f"{config}.yaml")]
-        launch += ["--num_processes", str(leg.processes), "-m", "accel_trainer.train", str(recipe), *overrides]
+        launch += ["--num_processes", str(leg.processes), "-m", TRAINER, str(recipe), *overrides]
         launch += ["--output_dir", str(folder), "--max_tokens_per_device", str(layout.max_tokens)]
         launch += ["--stop_after", str(leg.until), "--resume", *["--trust_remote_code"] * trust_remote_code]
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")}
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCH_VARIABLES)}
         done = subprocess.run(launch, env=environment, capture_output=True, text=True, check=False)
         status = RunFolder(folder).status()
         if (status.get("state"), status.get("step")) != ("interrupted", leg.until):
-            said = status.get("reason") or "\n".join(done.stderr.strip().splitlines()[-20:])
+            told = status.get("reason") if status.get("state") == "failed" else None
+            said = told or "\n".join(done.stderr.strip().splitlines()[-20:])
             raise TrainingFailed(f"{layout.name}: the trainer failed\n{said}")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     last = folder / "checkpoints" / f"checkpoint-{layout.legs[-1].until}"
     run.inputs.model.load_state_dict(load_file(last / "model.safetensors"))
-    return Trace(
-        np.asarray([line["loss"] for line in lines]),
-        np.asarray([line["grad_norm"] for line in lines]),
-        fixed_logits(run),
+    loss, grad_norm, rate = (
+        np.asarray([line[key] for line in lines]) for key in ("loss", "grad_norm", "learning_rate")
     )
+    trace = Trace(loss, grad_norm, rate, flat(load_file(last / "optimizer.safetensors")), fixed_logits(run))
+    shutil.rmtree(folder)  # weights and optimizer of a large model, for every layout
+    return trace
 
 
 def table(
@@ -230,15 +252,15 @@ def table(
     titles = [REORDERED, *(layout.name for layout in differences)]
     wide = max(map(len, titles))
 
-    def line(title: str, loss: str, grad_norm: str, logits: str) -> str:
-        return f"{title:<{wide}}  {loss:>9}  {grad_norm:>13}  {logits:>9}".rstrip()
+    def line(title: str, *cells: str) -> str:
+        return "  ".join([f"{title:<{wide}}", *(f"{cell:>14}" for cell in cells)]).rstrip()
 
     def numbers(title: str, found: dict[str, float]) -> str:
         cells = (f"{found[key]:.1e}{'!' if found[key] > TOLERANCE[key] else ' '}" for key in TOLERANCE)
         return line(title, *cells)
 
     lines = [f"{name}, steps 1 to {steps}, float32: largest relative difference from 1 process on the CPU", ""]
-    lines += [line("", "loss ", "gradient norm ", "logits ")]
+    lines += [line("", *(f"{key.replace('_', ' ')} " for key in TOLERANCE))]
     lines += [numbers(layout.name, found) for layout, found in differences.items()]
     lines += ["", numbers(REORDERED, spread), numbers("allowed", TOLERANCE)]
     lines += ["", "the same training" if agrees else "NOT the same training: what is marked with ! is beyond rounding"]

@@ -140,6 +140,7 @@ ANSWERED_VALUES: dict[str, dict[str, Answered]] = {
 _BATCH = "it would make the result depend on the number of devices"
 _GLOBAL = "give training.global_batch_size = per-device batch × devices × accumulation"
 _DERIVED = Answered("it follows from training.global_batch_size and the memory of the device", "leave it out")
+_EVAL_BATCH = Answered("it follows from the memory of the device and changes no score", "leave it out")
 _PER_DEVICE = Answered(_BATCH, _GLOBAL, "training.global_batch_size")
 _CONFIG = "the accelerate config decides it, not the recipe"
 _PRECISION = Answered(_CONFIG, "set mixed_precision in the accelerate config")
@@ -156,8 +157,9 @@ _CHECKPOINTING = Answered("it saves memory and changes no result", "give --gradi
 _VERBS = Answered("the splits and eval_strategy say what is trained and evaluated", "leave it out")
 _HUB = Answered("a run leaves a folder and uploads nothing", "upload OUTPUT_DIR/model with `hf upload` afterwards")
 _SECRET = Answered("a shared file is no place for a secret", "run `hf auth login`, or set HF_TOKEN")
-_EVAL_MEMORY = Answered("evaluation never holds more than logits and labels, and sums as it goes", "leave it out")
-_LOGS = Answered("every process logs what it should and rank 0 writes metrics.jsonl", "leave it out")
+_EVAL_MEMORY = Answered("evaluation never gathers more than one row of logits per example", "leave it out")
+_LOGS = Answered("the main process alone shows progress and writes metrics.jsonl and run.json", "leave it out")
+_TRACKER = Answered("trackers read such settings from environment variables of their own", "set those")
 _LOGGED = Answered("metrics.jsonl and the trackers have a line every tracking.logging_steps", "give logging_steps")
 _SAVED = Answered("a checkpoint always holds all that resuming needs, as safetensors", "leave it out")
 _EXACT = Answered(
@@ -183,13 +185,14 @@ ANSWERED: dict[str, Answered] = {
     ),
     **dict.fromkeys(["micro_batch_size", "effective_batch_size", "total_batch_size"], _PER_DEVICE),
     **dict.fromkeys(["gradient_accumulation_steps", "accumulation_steps"], _DERIVED),
-    **dict.fromkeys(["per_device_eval_batch_size", "per_gpu_eval_batch_size", "eval_batch_size"], _DERIVED),
+    **dict.fromkeys(["per_device_eval_batch_size", "per_gpu_eval_batch_size", "eval_batch_size"], _EVAL_BATCH),
     "auto_find_batch_size": Answered(
         "micro-batches follow a token budget and change no result", "leave it out, or give --max_tokens_per_device N"
     ),
     "average_tokens_across_devices": _SUM,
     # hardware
-    **dict.fromkeys(["fp16", "bf16", "tf32", "mixed_precision", "half_precision_backend", "fp16_backend"], _PRECISION),
+    **dict.fromkeys(["fp16", "bf16", "mixed_precision", "half_precision_backend", "fp16_backend"], _PRECISION),
+    "tf32": Answered(_CONFIG, "leave it out; torch computes float32 in full unless the environment says otherwise"),
     **dict.fromkeys(["fp16_opt_level", "fp16_full_eval", "bf16_full_eval", "torch_dtype", "dtype"], _PRECISION),
     **dict.fromkeys(["fsdp", "fsdp_config", "fsdp_min_num_params", "parallelism_config", "sharded_ddp"], _SHARDING),
     "fsdp_transformer_layer_cls_to_wrap": _SHARDING,
@@ -260,10 +263,12 @@ ANSWERED: dict[str, Answered] = {
     **dict.fromkeys(["push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push"], _HUB),
     **dict.fromkeys(["hub_revision", "push_to_hub_model_id", "push_to_hub_organization", "push_to_hub_token"], _HUB),
     # logging
-    **dict.fromkeys(["logging_strategy", "logging_first_step", "logging_nan_inf_filter"], _LOGGED),
+    **dict.fromkeys(["logging_strategy", "logging_first_step"], _LOGGED),
+    "logging_nan_inf_filter": Answered("a loss that is not finite stops the run and saves nothing", "leave it out"),
     **dict.fromkeys(["logging_dir", "run_name"], _OUTPUT),
     **dict.fromkeys(["log_level", "log_level_replica", "log_on_each_node", "disable_tqdm", "verbose"], _LOGS),
     **dict.fromkeys(["include_num_input_tokens_seen", "include_tokens_per_second", "skip_memory_metrics"], _LOGS),
-    **dict.fromkeys(["trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "debug"], _LOGS),
+    **dict.fromkeys(["trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"], _TRACKER),
+    "debug": _NOTHING,
     "ray_scope": Answered("searches over recipes are overrides on the command line", "leave it out"),
 }

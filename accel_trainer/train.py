@@ -212,15 +212,11 @@ def training_step(run: Run, step: int) -> StepStatistics:
         GradientOverflow: fp16 gradients overflowed; nothing was updated and the scale is smaller now.
         TrainingFailed: they overflow at any scale.
     """
-    accelerator, split, training = run.accelerator, run.inputs.splits["train"], run.inputs.recipe.training
-    rows = order.global_batch(
-        step, seed=training.seed, num_examples=len(split), global_batch_size=training.global_batch_size
-    )
-    lengths = split.tokens.lengths[rows]
-    divided = batching.divide_batch(lengths, accelerator.num_processes, run.max_tokens)
-    loss_sum = add_gradients(run, step, rows, divided[accelerator.process_index])
+    rows, divided = divided_rows(run, step)
+    loss_sum = add_gradients(run, step, rows, divided[run.accelerator.process_index])
     learning_rate = run.scheduler.get_last_lr()[-1]
     grad_norm = apply_gradients(run)
+    lengths = run.inputs.splits["train"].tokens.lengths[rows]
     real = [m.indices for part in divided for m in part if m.weight]
     return StepStatistics(
         loss_sum=loss_sum,
@@ -231,6 +227,15 @@ def training_step(run: Run, step: int) -> StepStatistics:
         padded_positions=len(rows) * int(lengths.max()),
         learning_rate=float(learning_rate),
     )
+
+
+def divided_rows(run: Run, step: int) -> tuple[order.Rows, list[list[batching.MicroBatch]]]:
+    """Rows of the global batch of a step, and the micro-batches of each process, which point into them."""
+    split, training = run.inputs.splits["train"], run.inputs.recipe.training
+    rows = order.global_batch(
+        step, seed=training.seed, num_examples=len(split), global_batch_size=training.global_batch_size
+    )
+    return rows, batching.divide_batch(split.tokens.lengths[rows], run.accelerator.num_processes, run.max_tokens)
 
 
 def add_gradients(run: Run, step: int, rows: order.Rows, micro_batches: Sequence[batching.MicroBatch]) -> torch.Tensor:

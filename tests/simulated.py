@@ -102,9 +102,7 @@ def run_ranks(count: int, work: Callable[[Rank], None]) -> None:
         try:
             work(Rank(group, index))
         except BaseException as error:
-            if not isinstance(error, threading.BrokenBarrierError):
-                errors.insert(0, error)
-            errors.append(error)
+            errors.insert(0 if not isinstance(error, threading.BrokenBarrierError) else len(errors), error)
             group.barrier.abort()
 
     threads = [threading.Thread(target=guarded, args=(index,)) for index in range(count)]

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import given, settings
+from harness import FAMILIES, SIZES
+from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
-from accel_trainer.dropout import LEVELS, DropoutKeys, KeyedDropout, Site, drop, example_keys
+from accel_trainer import dropout
+from accel_trainer.classifier import Classifier, strays
+from accel_trainer.dropout import LEVELS, DropoutKeys, KeyedDropout, Site, drop, example_keys, install, keyed_attention
+from accel_trainer.errors import UserError
+from accel_trainer.model import DROPOUT_NAMES
 
 Mask = npt.NDArray[np.bool_]
 Numbers = npt.NDArray[np.float64]
@@ -28,9 +39,10 @@ def keys_of(
     """Keys of examples at a site: that of the module's call number `call` in a forward pass."""
     keys = DropoutKeys()
     keys.begin(example_keys(np.asarray(rows, dtype=np.int64), seed=seed, step=step))
+    site = Site(keys, module)
     for _ in range(call):
-        keys.at(module)
-    return keys.at(module)
+        keys.at(site)
+    return keys.at(site)
 
 
 def dropped(shape: tuple[int, ...], p: float, rows: Sequence[int] = range(8), **place: Any) -> Mask:
@@ -40,8 +52,9 @@ def dropped(shape: tuple[int, ...], p: float, rows: Sequence[int] = range(8), **
 
 
 # ------------------------------------------------------------------------------------------------------------------------
-# What chance allows. Every assertion below fails for a mask of fair coins once in 10^5 repetitions at most, all its
-# comparisons together, and there are some sixty. The masks are fixed: what passes once, passes always.
+# What chance allows. Each assertion below fails for a mask of fair coins at most once in 10^5 repetitions, with all that it
+# compares, and there are some three hundred: of some three hundred fair hashes one may fail. The masks are fixed, so that
+# what passes once passes always.
 
 
 def most(count: int) -> float:
@@ -137,7 +150,6 @@ def test_the_probability_is_a_65536th_to_the_last(level: int) -> None:
     assert deviations(np.asarray(heads), n, level / LEVELS) < most(1)
 
 
-@settings(deadline=None)
 @given(st.floats(0, 1), st.integers(0, 2**63 - 1))
 def test_p_is_rounded_and_what_is_kept_is_scaled_by_the_rounded_rate(p: float, seed: int) -> None:
     level = round(p * 65536)
@@ -154,7 +166,6 @@ def test_p_is_rounded_and_what_is_kept_is_scaled_by_the_rounded_rate(p: float, s
     assert (65536 - level) * scale == pytest.approx(65536, rel=1e-15)
 
 
-@settings(deadline=None)
 @given(st.floats(0, 1), st.floats(0, 1))
 def test_with_a_larger_probability_more_is_dropped_and_nothing_else_kept(p: float, q: float) -> None:
     low, high = (dropped((5, 21), probability) for probability in sorted((p, q)))
@@ -298,6 +309,22 @@ def test_no_row_is_a_shifted_mirrored_or_permuted_copy_of_another() -> None:
     assert max(abs(part).max() for part in (shifted, mirrored, permuted)) < most(compared) < 7.7
 
 
+def test_no_stretch_of_a_row_comes_again_anywhere() -> None:
+    """No two of 7 million windows of 64 neighbours are equal, at whatever places; coins' would once in 700,000 masks.
+
+    A hash of the sum of key and feature would repeat a row of 512 features, shifted, in one of ten million pairs of rows:
+    too rare for the comparison of pairs above, and often in a batch of 16,384 tokens.
+    """
+    drops = dropped((512, 512), 0.5, range(32))
+    for sequences in (drops.reshape(-1, 512), drops.swapaxes(1, 2).reshape(-1, 512)):
+        windows = sequences.astype(np.uint64)
+        for width in (1, 2, 4, 8, 16, 32):  # the bits of two neighbouring windows make one of twice the width
+            windows = windows[:, :-width] << np.uint64(width) | windows[:, width:]
+        assert windows.shape == (2**14, 512 - 63)
+        ordered = np.sort(windows, axis=None)
+        assert (ordered[1:] != ordered[:-1]).all()
+
+
 # ------------------------------------------------------------------------------------------------------------------------
 # Sequences and numbers
 
@@ -406,7 +433,10 @@ def test_the_masks_are_those_that_recorded_results_were_made_with() -> None:
 
 
 RECORDED: dict[str, Any] = {
-    "keys": [[2134327186, -1666788346], [1847721465, -1971621093]],
+    "keys": [
+        [2134327186, -1666788346, 685691494, 1023730966],
+        [1847721465, -1971621093, 685691494, 1023730966],
+    ],
     "site": [[725260971, 40683667], [157760819, -1615310388]],
     "call": [[-976855746], [-903082369]],
     "2-D": "84829351a081c458",
@@ -419,7 +449,6 @@ RECORDED: dict[str, Any] = {
 # What a mask depends on
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_the_mask_does_not_depend_on_how_far_an_axis_extends_nor_on_the_company(data: st.DataObject) -> None:
     """A part of the examples, in another order, and less of every axis: a part of the mask, in that order."""
@@ -433,8 +462,7 @@ def test_the_mask_does_not_depend_on_how_far_an_axis_extends_nor_on_the_company(
     assert np.array_equal(part, whole[chosen][:, *(slice(size) for size in shorter)])
 
 
-@settings(deadline=None)
-@given(st.lists(st.integers(1, 7), min_size=2, max_size=3), st.integers(1, 4), st.integers(1, 4))
+@given(st.lists(st.integers(1, 7), min_size=2, max_size=3), st.integers(1, 4), st.integers(2, 4))
 def test_examples_may_be_folded_with_their_heads(inner: list[int], examples: int, heads: int) -> None:
     x = torch.ones(examples, heads, *inner)
     keys = keys_of(range(examples))
@@ -484,6 +512,7 @@ class Net(nn.Module):
     """What `install` needs of a model."""
 
     implementation = ""
+    config = SimpleNamespace(_attn_implementation="sdpa")
 
     def set_attn_implementation(self, implementation: str) -> None:
         self.implementation = implementation
@@ -535,7 +564,6 @@ def test_a_forward_pass_that_failed_leaves_nothing_behind() -> None:
     assert all(torch.equal(a, b) for a, b in zip(once, net(ones), strict=True))
 
 
-@pytest.mark.xfail(strict=True, reason="_replace sees a child once, whatever the number of its names in one parent")
 def test_a_dropout_with_two_names_in_one_module_is_reached_under_both() -> None:
     net = Net()
     net.one = net.two = nn.Dropout(0.5)
@@ -658,7 +686,7 @@ def by_hand(parts: Sequence[Tensor], visible: Tensor, p: float, scaling: float) 
     b, h, q, d = query.shape
     k = key.shape[2]
     drops = torch.from_numpy(dropped((h, q, k), p, [3, 1, 4], step=0, module="attention"))
-    kept = ~drops * (65536 / (65536 - round(p * 65536)))
+    kept = (~drops).double() * (65536 / (65536 - round(p * 65536)))
     results = []
     for i, j, n in itertools.product(range(b), range(q), range(h)):
         seen = visible[i, j].nonzero()[:, 0]
@@ -676,7 +704,8 @@ NEAR = (torch.arange(5)[:, None] - torch.arange(5)).abs() <= 1
 @pytest.mark.parametrize("scaling", [None, 0.3])
 @pytest.mark.parametrize("case", ["all", "padded", "padded by query", "window", "causal", "causal by argument"])
 def test_attention_is_softmax_times_mask(case: str, scaling: float | None, p: float) -> None:
-    module, parts, given_ = Attends(), draw_attention(), {}
+    module, parts = Attends(), draw_attention()
+    arguments: dict[str, Any] = {}
     mask: Tensor | None = None
     visible = torch.ones(3, 5, 5, dtype=torch.bool)
     if case.startswith("padded"):
@@ -688,8 +717,8 @@ def test_attention_is_softmax_times_mask(case: str, scaling: float | None, p: fl
     elif case.startswith("causal"):
         visible = torch.ones(5, 5, dtype=torch.bool).tril().expand(3, 5, 5)
         module.is_causal = case == "causal"
-        given_ = {} if case == "causal" else {"is_causal": True}
-    output, weights = keyed_attention(module, *parts, mask, dropout=p, scaling=scaling, **given_)
+        arguments = {} if case == "causal" else {"is_causal": True}
+    output, weights = keyed_attention(module, *parts, mask, dropout=p, scaling=scaling, **arguments)
     assert weights is None
     assert output.is_contiguous()
     expected = by_hand(parts, visible, p, 0.5 if scaling is None else scaling)
@@ -751,7 +780,6 @@ def test_scores_that_are_bent_are_refused(bend: str) -> None:
         keyed_attention(Attends(), *draw_attention(), None, dropout=0.5, **{bend: torch.ones(1)})
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="keys of grouped queries (EuroBERT) are not repeated")
 def test_grouped_queries_share_their_keys() -> None:
     query = draw_attention(h=4)[0]
     key, value = draw_attention(h=2)[1:]
@@ -831,13 +859,16 @@ def test_a_padded_micro_batch_is_its_examples_one_by_one(family: str) -> None:
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.xfail(strict=True, reason="position embeddings have no examples: (16, 16) values for 4 examples, or 3")
 @pytest.mark.parametrize("group", [(0, 1, 2, 3), (0, 1, 2)])
 @pytest.mark.parametrize("family", ["deberta-v2", "deberta"])
 def test_disentangled_attention_too(family: str, group: tuple[int, ...]) -> None:
     classifier = Classifier(build(family, **DISENTANGLED))
+    assert strays(classifier, batch(range(3))) < 1e-12  # learns that the table of positions belongs to no example
+    assert classifier.dropout_keys.shared
     logits = torch.cat([step_of(classifier, [i])[0] for i in group])
-    torch.testing.assert_close(step_of(classifier, group)[0], logits, rtol=0, atol=1e-12)
+    together = step_of(classifier, group)[0]
+    torch.testing.assert_close(together, logits, rtol=0, atol=1e-12)
+    assert not torch.equal(step_of(classifier, group, step=6)[0], together)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *MORE])
@@ -922,9 +953,9 @@ def counted_replays(count: list[int]) -> Iterator[None]:
     """Count the masks that are computed after the forward pass."""
     at = DropoutKeys.at
 
-    def counting(keys: DropoutKeys, module: str) -> tuple[Tensor, Tensor]:
+    def counting(keys: DropoutKeys, site: Site) -> tuple[Tensor, Tensor]:
         count[0] += keys.replaying
-        return at(keys, module)
+        return at(keys, site)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DropoutKeys, "at", counting)

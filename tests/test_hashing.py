@@ -199,6 +199,7 @@ def test_the_purposes_are_all_different_keys() -> None:
         "SPLIT": 3,
         "SUBSET": 4,
         "DROPOUT": 5,
+        "SHARED_DROPOUT": 6,
     }
 
 

@@ -59,7 +59,7 @@ QUIET = (
 
 # What a launch around this command would tell the launches inside it.
 LAUNCH_VARIABLES = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_")
-REORDERED = "1 process, the same numbers added in another order"
+REORDERED = "1 process, summed in reverse"
 
 
 @dataclass(frozen=True)
@@ -249,20 +249,18 @@ def table(
     name: str, steps: int, differences: dict[Layout, dict[str, float]], spread: dict[str, float], *, agrees: bool
 ) -> str:
     """What people read."""
-    titles = [REORDERED, *(layout.name for layout in differences)]
-    wide = max(map(len, titles))
+    heads = [key.replace("_", " ") for key in TOLERANCE]
+    wide = max(len(title) for title in (REORDERED, *(layout.name for layout in differences)))
 
-    def line(title: str, *cells: str) -> str:
-        return "  ".join([f"{title:<{wide}}", *(f"{cell:>14}" for cell in cells)]).rstrip()
-
-    def numbers(title: str, found: dict[str, float]) -> str:
-        cells = (f"{found[key]:.1e}{'!' if found[key] > TOLERANCE[key] else ' '}" for key in TOLERANCE)
-        return line(title, *cells)
+    def line(title: str, found: dict[str, float]) -> str:
+        shown = (f"{found[key]:.1e}{'!' if found[key] > TOLERANCE[key] else ' '}" for key in TOLERANCE)
+        cells = (f"{cell:>{max(len(head) + 1, 9)}}" for head, cell in zip(heads, shown, strict=True))
+        return " ".join([f"{title:<{wide}}", *cells]).rstrip()
 
     lines = [f"{name}, steps 1 to {steps}, float32: largest relative difference from 1 process on the CPU", ""]
-    lines += [line("", *(f"{key.replace('_', ' ')} " for key in TOLERANCE))]
-    lines += [numbers(layout.name, found) for layout, found in differences.items()]
-    lines += ["", numbers(REORDERED, spread), numbers("allowed", TOLERANCE)]
+    lines += [" ".join([" " * wide, *(f"{head:>{max(len(head), 8)}} " for head in heads)]).rstrip()]
+    lines += [line(layout.name, found) for layout, found in differences.items()]
+    lines += ["", line(REORDERED, spread), line("allowed", TOLERANCE)]
     lines += ["", "the same training" if agrees else "NOT the same training: what is marked with ! is beyond rounding"]
     return "\n".join(lines)
 
@@ -282,7 +280,7 @@ def report(
         "steps": steps,
         "agrees": agrees,
         "tolerance": TOLERANCE,
-        "summed_the_other_way_round": spread,
+        "summed_in_reverse": spread,
         "layouts": [{**asdict(layout), **found} for layout, found in differences.items()],
         "reference": {"loss": reference.loss.tolist(), "grad_norm": reference.grad_norm.tolist()},
         "versions": hardware.versions(),

@@ -169,5 +169,5 @@ def test_a_recipe_is_proved(tmp_path: Path) -> None:
     for layout in found["layouts"]:
         assert 0 <= layout["loss"] <= 2e-6
     assert any(layout["loss"] > 0 or layout["logits"] > 0 for layout in found["layouts"])  # they were computed anew
-    assert 0 < max(found["summed_the_other_way_round"].values()) < 1e-5
+    assert 0 < max(found["summed_in_reverse"].values()) < 1e-5
     assert sorted(path.name for path in tmp_path.iterdir() if "run" in path.name) == []

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ from harness import (
     python,
     run_trainer,
     signal_at,
+    start,
     write_recipe_in,
 )
 from safetensors.torch import load_file
@@ -949,6 +951,21 @@ def test_freezing_leaves_weights_untouched(place: Path) -> None:
     counts = outcome.json("run.json")["parameters"]
     assert counts["total"] - counts["trainable"] == sum(before[name].numel() for name in frozen)
     assert run_trainer(recipe, place / "frozen", "--resume").code == 0
+
+
+@pytest.mark.launch
+def test_a_compile_backend_changes_nothing(place: Path, whole: Outcome) -> None:
+    """Dynamo's own wrapper stays out of the names of what is saved, and a run goes on with it or without."""
+    environment = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_DYNAMO_BACKEND": "EAGER"}
+    command = [sys.executable, "-m", "accel_trainer.train", "whole.yaml", "--output_dir", "compiled"]
+    stopped = start([*command, "--stop_after", "3"], place, **environment)
+    assert stopped.code == 75, stopped.err
+    compiled = Outcome(0, place / "compiled", "", "")
+    assert compiled.json("run.json")["hardware"]["dynamo_backend"] == "EAGER"
+    resumed = run_trainer(place / "whole.yaml", compiled.folder, "--resume")
+    assert resumed.code == 0, resumed.err
+    np.testing.assert_allclose(resumed.losses, whole.losses, rtol=2e-6)
+    assert set(resumed.weights) == set(whole.weights)
 
 
 def test_gradient_checkpointing_changes_nothing(place: Path, plain: Outcome) -> None:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from accel_trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER_MISTAKE, AccelTrainerError, UserError
+from accel_trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER_MISTAKE, AccelTrainerError, Interrupted, UserError
 
 
 def show(arguments: argparse.Namespace) -> int:
@@ -110,7 +110,10 @@ def prove(arguments: argparse.Namespace) -> int:
 
 def process_counts(text: str) -> list[int]:
     """Numbers between commas."""
-    return [int(count) for count in text.split(",")]
+    try:
+        return [int(count) for count in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: write numbers such as 1,2") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -176,11 +179,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code: int = arguments.run(arguments)
     except AccelTrainerError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{'' if isinstance(error, Interrupted) else 'error: '}{error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return EXIT_FAILED
     except BrokenPipeError:
         return EXIT_DONE
     return code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from accel_trainer.classifier import Classifier, strays
 from accel_trainer.data import Split
 from accel_trainer.errors import RunFolderError, UserError
 from accel_trainer.inputs import Inputs, differences, flat, mathematics
-from accel_trainer.model import count_parameters
+from accel_trainer.model import DROPOUT_NAMES, count_parameters
 from accel_trainer.optim import (
     build_optimizer,
     build_scheduler,
@@ -144,11 +145,17 @@ def check_invariance(classifier: Classifier, split: Split) -> None:
     """
     by_length = split.tokens.lengths.argsort(kind="stable")
     rows = by_length[[0, len(split) // 4, len(split) // 2]]
-    if strays(classifier, split.tokens.inputs(rows)) > ROUNDING:
+    difference, config = strays(classifier, split.tokens.inputs(rows)), classifier.model.config
+    if difference == math.inf:
+        drops = [key for key, names in DROPOUT_NAMES.items() if any(hasattr(config, name) for name in names)]
         raise UserError(
-            f"model: in training, what a {classifier.model.config.model_type} classifier computes of an example depends on "
-            "padding beside it or on random numbers that the recipe does not fix; set model.hidden_dropout, "
-            "model.attention_dropout and model.classifier_dropout to 0.0, where the model has them, or use another encoder"
+            f"model: in training, a {config.model_type} classifier draws random numbers that the recipe's seed does not fix; "
+            f"set {' '.join(f'model.{key}=0.0' for key in drops)}, or use another encoder"
+        )
+    if difference > ROUNDING:
+        raise UserError(
+            f"model: what a {config.model_type} classifier computes of an example depends on the padding beside it (its "
+            f"logits move by {difference:.0e}), so that no two layouts would train alike; use another encoder"
         )
 
 

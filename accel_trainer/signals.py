@@ -22,7 +22,7 @@ class StopSignal(KeyboardInterrupt):
 
 
 @contextmanager
-def interrupted_by_signals() -> Iterator[None]:
+def interrupted_by_signals(*, resumable: bool = True) -> Iterator[None]:
     """Turn SIGTERM and SIGINT into `Interrupted` while the block lasts.
 
     Raises:
@@ -36,7 +36,7 @@ def interrupted_by_signals() -> Iterator[None]:
     try:
         yield
     except StopSignal as stop:
-        raise Interrupted("interrupted; run the same line again with --resume") from stop
+        raise Interrupted("interrupted; run the same line again" + " with --resume" * resumable) from stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

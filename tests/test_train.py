@@ -953,6 +953,24 @@ def test_freezing_leaves_weights_untouched(place: Path) -> None:
     assert run_trainer(recipe, place / "frozen", "--resume").code == 0
 
 
+def test_an_encoder_that_cannot_keep_the_promise_is_refused(place: Path) -> None:
+    """XLM draws dropout of its own, and is welcome without; FNet mixes padding into the text, whatever is set."""
+    xlm = {"model_type": "xlm", "emb_dim": 16, "n_layers": 2, "n_heads": 2, "max_position_embeddings": 32}
+    short = {"training": {"max_steps": 2, "num_train_epochs": None}, "evaluation": {"eval_strategy": "no"}}
+    recipe = write_recipe_in(place, "xlm.yaml", model={"from_config": xlm}, saving={"save_strategy": "no"}, **short)
+    refused = run_trainer(recipe, place / "xlm")
+    assert refused.code == 2
+    assert "error: model: in training, a xlm classifier draws random numbers" in refused.err
+    remedy = [word.rstrip(",") for word in refused.err.split() if word.startswith("model.")]
+    assert remedy == ["model.hidden_dropout=0.0", "model.attention_dropout=0.0"]
+    assert run_trainer(recipe, place / "xlm-without", *remedy).code == 0
+    fnet = {"model_type": "fnet", "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 32}
+    recipe = write_recipe_in(place, "fnet.yaml", model={"from_config": fnet}, saving={"save_strategy": "no"}, **short)
+    refused = run_trainer(recipe, place / "fnet")
+    assert refused.code == 2
+    assert "a fnet classifier computes of an example depends on the padding beside it" in refused.err
+
+
 @pytest.mark.launch
 def test_a_compile_backend_changes_nothing(place: Path, whole: Outcome) -> None:
     """Dynamo's own wrapper stays out of the names of what is saved, and a run goes on with it or without."""

@@ -7,7 +7,7 @@ BIN := .venv/bin
 RUN := runs/quickstart
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test lint format schema reviews clean
+.PHONY: quickstart test lint format schema tables reviews clean
 
 quickstart: .venv/.installed
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml -m accel_trainer.train recipes/quickstart.yaml \
@@ -34,6 +34,9 @@ format: .venv/.installed-dev
 # Files in the repository that a script writes.
 schema: .venv/.installed-dev
 	$(BIN)/python scripts/write_schema.py
+
+tables: .venv/.installed-dev
+	$(BIN)/python scripts/write_coming_from_trainer.py
 
 reviews: .venv/.installed-dev
 	$(BIN)/python scripts/food_reviews.py

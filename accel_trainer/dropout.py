@@ -121,9 +121,8 @@ class DropoutKeys:
     words: Tensor | None = None  # (b, 4) int32, of the examples of the micro-batch
     shared: frozenset[str] = frozenset()  # modules that drop from what belongs to no example, as DeBERTa's positions
     calls: Counter[str] = field(default_factory=Counter)  # by module, in this forward pass
-    replaying: bool = (
-        False  # the forward pass is over; what computes now is gradient checkpointing, in the backward pass
-    )
+    # The forward pass is over: what computes now is gradient checkpointing, in the backward pass.
+    replaying: bool = False
 
     def begin(self, words: Tensor | None) -> None:
         """Start a forward pass."""

@@ -229,7 +229,7 @@ def keyed_attention(
     scores = query * (query.shape[-1] ** -0.5 if scaling is None else scaling) @ key.transpose(-1, -2)
     if attention_mask is not None:
         if attention_mask.dtype == torch.bool:  # finite, because a padded query may have no key to look at
-            hidden = torch.finfo(scores.dtype).min
+            hidden = torch.finfo(scores.dtype).min / 2  # leaves room for the score in float16
             attention_mask = torch.zeros_like(attention_mask, dtype=scores.dtype).masked_fill(~attention_mask, hidden)
         scores = scores + attention_mask
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)

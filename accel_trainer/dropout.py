@@ -14,18 +14,16 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers import PreTrainedModel
 
 from accel_trainer.errors import UserError
 from accel_trainer.hashing import Purpose, keyed
 from accel_trainer.order import Rows
+from accel_trainer.packing import Packing
 
 LEVELS = 2**16  # of a drop probability
 
@@ -77,7 +75,7 @@ def _absorb(a: Tensor, b: Tensor, coordinate: Tensor) -> tuple[Tensor, Tensor]:
     return a, _scramble(b ^ coordinate * SPREAD_B, a)
 
 
-def drop(x: Tensor, p: float, keys: tuple[Tensor, Tensor]) -> Tensor:
+def drop(x: Tensor, p: float, keys: tuple[Tensor, Tensor], packing: Packing | None = None) -> Tensor:
     """Dropout of `x` with masks from the keys of its examples.
 
     The probability is rounded to a 65536th, and what is kept is scaled by that rounded rate, so that the expectation is
@@ -86,9 +84,10 @@ def drop(x: Tensor, p: float, keys: tuple[Tensor, Tensor]) -> Tensor:
     Args:
         x: (b, …, features), any floating type. Examples may be folded with a second axis, as in DeBERTa's attention
             (b·heads, queries, keys). The mask at an index does not depend on how far any axis extends, so that padding
-            changes nothing.
+            changes nothing. Packed, (1, t, …, features): the masks are those of the same examples padded.
         p: probability of dropping.
         keys: two words of each example at this site, each (b,) int32.
+        packing: of the micro-batch, None if it is padded.
 
     Returns:
         shape and type of `x`.
@@ -100,9 +99,13 @@ def drop(x: Tensor, p: float, keys: tuple[Tensor, Tensor]) -> Tensor:
     threshold = round(p * LEVELS)
     if threshold in (0, LEVELS):
         return x if threshold == 0 else x * 0.0
-    if len(x) % len(a):
+    if packing is not None and packing.is_row(x):  # as if the places in an example were the next axis
+        a, b = _absorb(a[packing.examples], b[packing.examples], packing.positions)
+        unfolded = x[0]
+    elif len(x) % len(a):
         raise UserError(f"model: dropout of {tuple(x.shape)} values for {len(a)} examples; use another encoder")
-    unfolded = x if len(x) == len(a) else x.reshape(len(a), -1, *x.shape[1:])
+    else:
+        unfolded = x if len(x) == len(a) else x.reshape(len(a), -1, *x.shape[1:])
     for size in unfolded.shape[1:-1]:
         a, b = _absorb(a.unsqueeze(-1), b.unsqueeze(-1), torch.arange(size, dtype=torch.int32, device=x.device))
     features = unfolded.shape[-1]
@@ -115,23 +118,29 @@ def drop(x: Tensor, p: float, keys: tuple[Tensor, Tensor]) -> Tensor:
 
 
 @dataclass
-class DropoutKeys:
-    """Whose dropout is computed: common to all sites of a model, set anew for every forward pass."""
+class ForwardPass:
+    """What is being computed, for the modules of a model to know: set anew for every forward pass."""
 
-    words: Tensor | None = None  # (b, 4) int32, of the examples of the micro-batch
+    words: Tensor | None = None  # (b, 4) int32, keys of the examples of the micro-batch
+    packing: Packing | None = None  # how they stand in one row; None: padded, each in a row of its own
     shared: frozenset[str] = frozenset()  # modules that drop from what belongs to no example, as DeBERTa's positions
     calls: Counter[str] = field(default_factory=Counter)  # by module, in this forward pass
     # The forward pass is over: what computes now is gradient checkpointing, in the backward pass.
     replaying: bool = False
 
-    def begin(self, words: Tensor | None) -> None:
+    def begin(self, words: Tensor | None, packing: Packing | None = None) -> None:
         """Start a forward pass."""
-        self.words, self.replaying = words, False
+        self.words, self.packing, self.replaying = words, packing, False
         self.calls.clear()
 
     def end(self) -> None:
-        """End it; the keys stay in force for the backward pass."""
+        """End it; keys and packing stay in force for the backward pass."""
         self.replaying = True
+
+    def call(self, name: str) -> int:
+        """How many calls of that name this pass has seen before this one."""
+        self.calls[name] += 1
+        return self.calls[name] - 1
 
     def at(self, site: Site) -> tuple[Tensor, Tensor]:
         """Keys of the examples at this call of a site, each (b,); at a shared site the step's, each (1,).
@@ -148,8 +157,7 @@ class DropoutKeys:
                 )
             call = 0
         else:
-            call = self.calls[site.module]
-            self.calls[site.module] += 1
+            call = self.call(site.module)
         words = self.words[:1, 2:] if site.module in self.shared else self.words[:, :2]
         a, b = words.unbind(-1)
         for coordinate in (site.word, call):
@@ -159,9 +167,9 @@ class DropoutKeys:
 
 @dataclass(frozen=True)
 class Site:
-    """Where dropout may happen: a module's name and the keys of its model."""
+    """Where dropout may happen: a module's name, and the forward pass of its model."""
 
-    keys: DropoutKeys
+    forward_pass: ForwardPass
     module: str
     word: int = field(init=False)  # hash of the name
 
@@ -171,7 +179,7 @@ class Site:
 
     def drop(self, x: Tensor, p: float) -> Tensor:
         """Dropout of `x` (b, …, features) at this site's next call."""
-        return drop(x, p, self.keys.at(self))
+        return drop(x, p, self.forward_pass.at(self), self.forward_pass.packing)
 
 
 class KeyedDropout(nn.Dropout):
@@ -186,80 +194,15 @@ class KeyedDropout(nn.Dropout):
         return self.site.drop(input, self.p) if self.training and self.p > 0 else input
 
 
-ATTENTION = "accel_trainer"  # the name that transformers knows the function below by
-
-
-def keyed_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention as transformers calls it: fused without dropout, on an explicit path with it.
-
-    Legend: b examples, h heads, q queries, k keys, d features of a head.
-
-    Args:
-        module: the attention module that calls, made known to its `Site` by `install`.
-        query: (b, h, q, d).
-        key: (b, h, k, d).
-        value: (b, h, k, d).
-        attention_mask: (b, 1, q, k) or broadcastable, True where a query may look, or a number added to its score; None
-            if it may look everywhere.
-        dropout: probability of dropping an attention weight.
-        scaling: factor of the scores, d^-½ by default.
-        kwargs: what else the model hands on.
-
-    Returns:
-        (b, q, h, d), and None in the place of the weights.
-    """
-    if not module.training or dropout == 0:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=0.0, scaling=scaling, **kwargs)
-    if kwargs.get("softcap") is not None or kwargs.get("position_bias") is not None:
-        raise UserError("model.attention_dropout: this encoder bends its attention scores; set the key to 0.0")
-    is_causal = kwargs.get("is_causal")
-    if attention_mask is None and (getattr(module, "is_causal", False) if is_causal is None else is_causal):
-        attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
-    groups = getattr(module, "num_key_value_groups", 1)  # queries that share a key, as in EuroBERT
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = query * (query.shape[-1] ** -0.5 if scaling is None else scaling) @ key.transpose(-1, -2)
-    if attention_mask is not None:
-        if attention_mask.dtype == torch.bool:  # finite, because a padded query may have no key to look at
-            hidden = torch.finfo(scores.dtype).min / 2  # leaves room for the score in float16
-            attention_mask = torch.zeros_like(attention_mask, dtype=scores.dtype).masked_fill(~attention_mask, hidden)
-        scores = scores + attention_mask
-    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
-    site: Site = module.dropout_site  # type: ignore[assignment]
-    return (site.drop(weights, dropout) @ value).transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(ATTENTION, keyed_attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # without it the function would get no mask and attend to padding
-
-
-def install(model: PreTrainedModel) -> DropoutKeys:
-    """Give every dropout of a model a site, attention's too. Nothing of it is saved with the model.
-
-    Attention that is not torch's fused one by default is left alone: it may do more than the function above knows of.
-
-    Returns:
-        the keys that all its sites read.
-    """
-    keys = DropoutKeys()
+def install(model: PreTrainedModel, forward_pass: ForwardPass) -> None:
+    """Give every dropout of a model a site, and every other module one for its attention. Nothing of it is saved."""
     replaced: dict[nn.Module, nn.Module] = {}
     for name, module in list(model.named_modules()):
         if type(module) in (nn.Dropout, KeyedDropout):
-            replaced[module] = KeyedDropout(module.p, Site(keys, name))
+            replaced[module] = KeyedDropout(module.p, Site(forward_pass, name))
         else:
-            module.dropout_site = Site(keys, name)  # any of them may compute attention
+            module.dropout_site = Site(forward_pass, name)  # any of them may compute attention
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in replaced:
                 setattr(parent, name, replaced[child])
-    if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(ATTENTION)
-    return keys

@@ -8,6 +8,7 @@
     │   ├── HardwareError           the accelerate config or the launch
     │   └── RunFolderError          the output folder, or a checkpoint in it
     ├── TrainingFailed              the run cannot go on (a loss that is not finite, …)
+    │   └── OutOfMemory             a micro-batch does not fit; a smaller one may
     └── Interrupted                 exit code 75: a signal came; --resume goes on from what was saved
 
 Users' mistakes raise these; broken invariants of our own assert.
@@ -86,6 +87,10 @@ class RunFolderError(UserError):
 
 class TrainingFailed(AccelTrainerError):
     """Training cannot go on; what was saved is kept."""
+
+
+class OutOfMemory(TrainingFailed):
+    """A micro-batch does not fit into memory; a smaller one may."""
 
 
 class Interrupted(AccelTrainerError):

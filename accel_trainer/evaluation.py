@@ -9,13 +9,16 @@ from accelerate import Accelerator
 from torch import nn
 
 from accel_trainer.batching import divide_split
+from accel_trainer.hardware import out_of_memory_named
 from accel_trainer.tokenization import Tokens
 
 Logits = npt.NDArray[np.float32]
 
 
 @torch.inference_mode()
-def predict_logits(accelerator: Accelerator, model: nn.Module, tokens: Tokens, max_tokens: int) -> Logits:
+def predict_logits(
+    accelerator: Accelerator, model: nn.Module, tokens: Tokens, max_tokens: int, *, packed: bool
+) -> Logits:
     """Logits of all rows, on every process.
 
     The rows are dealt out by `divide_split`. Nothing but one padded tensor of logits is gathered: which rows a process
@@ -26,17 +29,22 @@ def predict_logits(accelerator: Accelerator, model: nn.Module, tokens: Tokens, m
         model: the prepared classifier; its mode (train or eval) is left as it was.
         tokens: the rows.
         max_tokens: tokens per micro-batch, padding included.
+        packed: layout of the micro-batches.
 
     Returns:
         shape (rows, num_labels), float32, in the order of the rows.
+
+    Raises:
+        OutOfMemory: a micro-batch does not fit.
     """
     was_training = model.training
     model.eval()
-    divided = divide_split(tokens.lengths, accelerator.num_processes, max_tokens)
+    divided = divide_split(tokens.costs(packed=packed), accelerator.num_processes, max_tokens, packed=packed)
     computed = []
     for micro_batch in divided[accelerator.process_index]:
-        inputs = {name: value.to(accelerator.device) for name, value in tokens.inputs(micro_batch.indices).items()}
-        logits = model(inputs).float()
+        with out_of_memory_named():
+            batch = tokens.batch(micro_batch.indices, packed=packed).apply(lambda x: x.to(accelerator.device))
+            logits = model(batch.inputs, packing=batch.packing).float()
         if micro_batch.weight:
             computed.append(logits)
         num_labels = logits.shape[-1]

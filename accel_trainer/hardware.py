@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, gather_object
+from accelerate.utils.memory import should_reduce_batch_size
 
 from accel_trainer.batching import token_budget
-from accel_trainer.errors import HardwareError, UserError
+from accel_trainer.errors import HardwareError, OutOfMemory, UserError
 
 PACKAGES = ("accel_trainer", "torch", "transformers", "accelerate", "datasets", "tokenizers", "evaluate", "numpy")
 REFUSED = {
@@ -89,6 +90,21 @@ def tokens_per_device(accelerator: Accelerator, given: int | None) -> int:
     if given is not None and given < 1:
         raise UserError(f"--max_tokens_per_device {given}: give a positive number of tokens")
     return given or token_budget(accelerator.device.type, smallest_memory(accelerator))
+
+
+@contextmanager
+def out_of_memory_named() -> Iterator[None]:
+    """Give the many errors by which a device says that its memory is full one name.
+
+    Raises:
+        OutOfMemory: it does.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not should_reduce_batch_size(error):
+            raise
+        raise OutOfMemory(str(error).partition("\n")[0] or "out of memory") from error
 
 
 @contextmanager

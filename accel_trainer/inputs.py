@@ -7,7 +7,6 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -91,14 +90,12 @@ def read_inputs(recipe: Recipe, *, trust_remote_code: bool = False) -> Inputs:
 
 
 def check_metrics(recipe: Recipe, loaded: dict[str, Any], num_labels: int) -> None:
-    """See on one row per label that the metrics can be computed and produce the one that decides what is best.
+    """See that the metrics can be computed and produce the one that decides what is best.
 
     Raises:
         UserError: they cannot, or do not; better now than after the first epoch.
     """
-    produced = metrics.compute_metrics(
-        loaded, np.eye(num_labels), np.arange(num_labels), average=recipe.evaluation.average
-    )
+    produced = metrics.produced_names(loaded, num_labels, recipe.evaluation.average)
     best = recipe.evaluation.best_metric
     if best not in produced:
         raise UserError(

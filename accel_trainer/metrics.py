@@ -4,35 +4,39 @@
                                                 detailed_report(logits, labels) ─▶ per class, confusion matrix
                                                                                  └ classification_report ─▶ text
 
-The five metrics that the package ships are `evaluate` modules with scikit-learn inside. They need no network and write
-no file, so that every process may make its own. Any other name is a script on the Hub: it runs only where the name is
-in evaluate's own namespace, or where the user said so on the command line.
+The five metrics that the package ships are `evaluate` modules with scikit-learn inside (`shipped_metrics`). They need no
+network and write no file, so that every process may make its own. Any other name is a script on the Hub: it runs only
+where the name is in evaluate's own namespace, or where the user said so on the command line.
 
-Shapes: n rows, c = `num_labels` classes of the recipe. Importing `evaluate` costs seconds (it imports torch).
+`evaluate` and scikit-learn are imported when the first score is computed, not with this module: they take a good half second
+(benchmarks/start_up.py), which neither the first training step nor a prediction should wait for.
+
+Shapes: n rows, c = `num_labels` classes of the recipe.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from numbers import Real
 from pathlib import Path
-from typing import Any, ClassVar, TypedDict
+from typing import Any, Protocol, TypedDict
 
-import evaluate
 import huggingface_hub
 import numpy as np
 import numpy.typing as npt
-import sklearn.metrics
-from datasets import Features, Value
 from rich.cells import cell_len
-from typing_extensions import override
 
 from accel_trainer.errors import UserError
+from accel_trainer.recipe import SHIPPED_METRICS
 
 ClassIds = npt.NDArray[np.integer[Any]]  # (n,)
 Logits = npt.NDArray[np.floating[Any]]  # (n, c)
+
+
+AVERAGED = ("precision", "recall", "f1")  # shipped metrics with a score per class
 
 
 class ClassScores(TypedDict):
@@ -52,167 +56,30 @@ class DetailedReport(TypedDict):
     confusion_matrix: list[list[int]]  # [true][predicted]
 
 
-# ── the shipped metrics ───────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class ShippedMetric(evaluate.Metric):  # type: ignore[misc]  # evaluate has no types
-    """An `evaluate` metric over class ids, in memory unless asked otherwise."""
-
-    summary: ClassVar[str]
-    reference_url: ClassVar[str]
-
-    def __init__(self, config_name: str | None = None, keep_in_memory: bool = True, **kwargs: Any) -> None:
-        super().__init__(config_name, keep_in_memory, **kwargs)
-
-    @override
-    def _build_data_dir(self) -> str:
-        # evaluate makes this folder in the user's cache even for a metric that stays in memory (0.4.6)
-        return str(self._data_dir_root) if self.keep_in_memory else str(super()._build_data_dir())
-
-    @override
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=self.summary,
-            citation="",
-            inputs_description="predictions, references: class ids, one per row.",
-            features=Features({"predictions": Value("int64"), "references": Value("int64")}),
-            format="numpy",
-            reference_urls=[self.reference_url],
-        )
-
-    @override
-    def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, Any] | None:
-        """The metric of all rows, those added before included, under the metric's name.
-
-        Rows given here alone go straight to scikit-learn: a million takes tenths of a second, and seconds through the
-        Arrow table that `evaluate` would build.
-
-        Raises:
-            ValueError: the two differ in length, or hold something else than class ids.
-        """
-        given = predictions is not None and references is not None
-        added_before = self.writer is not None
-        result: dict[str, Any] | None
-        if given and not added_before and self.num_process == 1:
-            result = self._compute(predictions=_class_ids(predictions), references=_class_ids(references), **kwargs)
-        else:
-            result = super().compute(predictions=predictions, references=references, **kwargs)
-        return result
-
-
-class Accuracy(ShippedMetric):
-    """Rows predicted right ÷ all rows."""
-
-    summary = "Share of the rows whose predicted class is the true one."
-    reference_url = "https://scikit-learn.org/stable/modules/model_evaluation.html#accuracy-score"
-
-    @override
-    def _compute(
-        self, predictions: ClassIds, references: ClassIds, normalize: bool = True, sample_weight: Any = None
-    ) -> dict[str, Any]:
-        score = sklearn.metrics.accuracy_score(
-            references, predictions, normalize=normalize, sample_weight=sample_weight
-        )
-        return {"accuracy": float(score)}
-
-
-class AveragedMetric(ShippedMetric):
-    """A score per class, joined by `average`.
-
-    macro: mean over `labels`, each class counting the same; weighted: by true rows; micro: one score of all counts
-    together; binary: the score of `pos_label` alone; None: a list, one score per class. `labels` are the class ids to
-    join, None: those that occur. A class of `labels` without rows has the score `zero_division`, and counts.
-    """
-
-    score: ClassVar[Callable[..., Any]]  # (references, predictions, …) -> float, or (c,)
-
-    @override
-    def _compute(
-        self,
-        predictions: ClassIds,
-        references: ClassIds,
-        labels: Sequence[int] | None = None,
-        pos_label: int = 1,
-        average: str | None = "binary",
-        sample_weight: Any = None,
-        zero_division: float = 0.0,
-    ) -> dict[str, Any]:
-        score = self.score(
-            references,
-            predictions,
-            labels=labels,
-            pos_label=pos_label,
-            average=average,
-            sample_weight=sample_weight,
-            zero_division=zero_division,
-        )
-        return {self.name: np.asarray(score, dtype=np.float64).tolist()}
-
-
-class Precision(AveragedMetric):
-    """Rows rightly predicted as the class ÷ rows predicted as it."""
-
-    summary = "Of the rows predicted as a class, the share that truly belong to it."
-    reference_url = "https://scikit-learn.org/stable/modules/model_evaluation.html#precision-recall-f-measure-metrics"
-    score = staticmethod(sklearn.metrics.precision_score)
-
-
-class Recall(AveragedMetric):
-    """Rows rightly predicted as the class ÷ rows that truly belong to it."""
-
-    summary = "Of the rows that belong to a class, the share that was predicted as it."
-    reference_url = Precision.reference_url
-    score = staticmethod(sklearn.metrics.recall_score)
-
-
-class F1(AveragedMetric):
-    """Harmonic mean of a class's precision and recall, 2·TP ÷ (2·TP + FP + FN)."""
-
-    summary = "Harmonic mean of precision and recall of a class."
-    reference_url = Precision.reference_url
-    score = staticmethod(sklearn.metrics.f1_score)
-
-
-class MatthewsCorrelation(ShippedMetric):
-    """Correlation of true and predicted classes, from -1 to 1; 0 where either side has a single class.
-
-    For more than two classes it is Gorodkin's R_K (2004, doi:10.1016/j.compbiolchem.2004.09.006).
-    """
-
-    summary = "Correlation between the true and the predicted classes; 0 is no better than chance."
-    reference_url = "https://scikit-learn.org/stable/modules/model_evaluation.html#matthews-correlation-coefficient"
-
-    @override
-    def _compute(self, predictions: ClassIds, references: ClassIds, sample_weight: Any = None) -> dict[str, Any]:
-        # scikit-learn says 0 as well, but warns when both sides are the same single class
-        if len(np.unique(predictions)) < 2 or len(np.unique(references)) < 2:
-            return {"matthews_correlation": 0.0}
-        score = sklearn.metrics.matthews_corrcoef(references, predictions, sample_weight=sample_weight)
-        return {"matthews_correlation": float(score)}
-
-
-def _class_ids(values: Any) -> ClassIds:
-    """`values` as int64, shape (n,); floats are taken where they are whole numbers."""
-    given = np.asarray(values)
-    with np.errstate(invalid="ignore"):  # nan turns into some number, and differs from it
-        ids: ClassIds = given.astype(np.int64)
-    if ids.ndim != 1 or not np.array_equal(ids, given):
-        raise ValueError(f"class ids are whole numbers, one per row; here is {given.dtype} of shape {given.shape}")
-    return ids
-
-
-SHIPPED: dict[str, type[ShippedMetric]] = {
-    "accuracy": Accuracy,
-    "precision": Precision,
-    "recall": Recall,
-    "f1": F1,
-    "matthews_correlation": MatthewsCorrelation,
-}
-
 # ── metrics by name ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def load_metrics(names: Sequence[str], allow_remote_code: bool = False) -> dict[str, evaluate.EvaluationModule]:
+class Metric(Protocol):
+    """What a recipe's metric can do: all modules of `evaluate` can."""
+
+    def compute(self, *, predictions: Any, references: Any, **options: Any) -> Any:
+        """The scores of (n,) predicted and (n,) true class ids, by name."""
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """A metric of the package, by name; its module is imported and made when a score is wanted."""
+
+    name: str
+
+    def compute(self, *, predictions: Any, references: Any, **options: Any) -> Any:
+        """The score under the metric's name; options as those of `shipped_metrics`."""
+        from accel_trainer.shipped_metrics import SHIPPED
+
+        return SHIPPED[self.name]().compute(predictions=predictions, references=references, **options)
+
+
+def load_metrics(names: Sequence[str], allow_remote_code: bool = False) -> dict[str, Metric]:
     """The metrics that `evaluation.metrics` names, in its order.
 
     Names that the package does not ship go to `evaluate.load`, which fetches a script from the Hub and runs it; each is
@@ -222,12 +89,14 @@ def load_metrics(names: Sequence[str], allow_remote_code: bool = False) -> dict[
     Raises:
         UserError: a name is unknown, out of reach, not a metric of class ids, or stands for code that nobody allowed.
     """
-    return {name: SHIPPED[name]() if name in SHIPPED else _load_foreign(name, allow_remote_code) for name in names}
+    return {
+        name: Shipped(name) if name in SHIPPED_METRICS else _load_foreign(name, allow_remote_code) for name in names
+    }
 
 
-def _load_foreign(name: str, allow_remote_code: bool) -> evaluate.EvaluationModule:
+def _load_foreign(name: str, allow_remote_code: bool) -> Metric:
     """A metric that `evaluate.load` finds by `name`, tried on two rows."""
-    shipped = f"the package ships {', '.join(SHIPPED)}"
+    shipped = f"the package ships {', '.join(SHIPPED_METRICS)}"
     if name == "loss":
         raise UserError("evaluation.metrics: loss is always reported; leave it out")
     # evaluate.load("rouge") would run ./rouge/rouge.py before it asks the Hub
@@ -241,14 +110,16 @@ def _load_foreign(name: str, allow_remote_code: bool) -> evaluate.EvaluationModu
             f"evaluation.metrics: {name} is a script of its owner on the Hub, and would run on this machine; "
             f"pass --trust_remote_code if you trust it ({shipped})"
         )
+    import evaluate
+
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         evaluate.config.HF_EVALUATE_OFFLINE = True  # evaluate 0.4.6 heeds only this one of its own
     try:
-        metric = evaluate.load(name, module_type="metric", keep_in_memory=True)
+        metric: Metric = evaluate.load(name, module_type="metric", keep_in_memory=True)
     except Exception as error:  # the script's own code runs here: it may raise anything
         unreachable = isinstance(error, FileNotFoundError | ConnectionError)
         reason = "the Hub has no such metric, or cannot be reached" if unreachable else str(error)
-        close = get_close_matches(name.lower(), SHIPPED, n=1)
+        close = get_close_matches(name.lower(), SHIPPED_METRICS, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
         raise UserError(
             f"evaluation.metrics: {name} cannot be loaded: {reason}; {hint}{shipped}, other metrics need the Hub"
@@ -257,9 +128,7 @@ def _load_foreign(name: str, allow_remote_code: bool) -> evaluate.EvaluationModu
     return metric
 
 
-def compute_metrics(
-    metrics: Mapping[str, evaluate.EvaluationModule], logits: Logits, labels: ClassIds, average: str
-) -> dict[str, float]:
+def compute_metrics(metrics: Mapping[str, Metric], logits: Logits, labels: ClassIds, average: str) -> dict[str, float]:
     """The mean loss and every metric of the labelled rows.
 
     Precision, recall and f1 are over all c classes, so that a class without rows in a small split counts in macro, with
@@ -277,23 +146,43 @@ def compute_metrics(
     """
     predictions = _predicted(logits, labels)
     num_labels = logits.shape[1]
-    if average == "binary" and num_labels != 2:
-        raise UserError(f"evaluation.average: binary with {num_labels} labels; use macro, micro or weighted")
+    _check_average(average, num_labels)
     results = {"loss": mean_cross_entropy(logits, labels)}
     for name, metric in metrics.items():
-        options = {"average": average, "labels": range(num_labels)} if isinstance(metric, AveragedMetric) else {}
+        averaged = isinstance(metric, Shipped) and metric.name in AVERAGED
+        options = {"average": average, "labels": range(num_labels)} if averaged else {}
         results |= _measure(name, metric, predictions, labels, options)
     return results
 
 
+def produced_names(metrics: Mapping[str, Metric], num_labels: int, average: str) -> list[str]:
+    """Names of what `compute_metrics` gives for c classes; foreign metrics are tried on one row per class.
+
+    Raises:
+        UserError: as `compute_metrics`.
+    """
+    _check_average(average, num_labels)
+    ids = np.arange(num_labels)
+    names = (
+        [name] if isinstance(metric, Shipped) else _measure(name, metric, ids, ids, {})
+        for name, metric in metrics.items()
+    )
+    return ["loss", *(name for group in names for name in group)]
+
+
+def _check_average(average: str, num_labels: int) -> None:
+    if average == "binary" and num_labels != 2:
+        raise UserError(f"evaluation.average: binary with {num_labels} labels; use macro, micro or weighted")
+
+
 def _measure(
-    name: str, metric: evaluate.EvaluationModule, predictions: ClassIds, labels: ClassIds, options: Mapping[str, Any]
+    name: str, metric: Metric, predictions: ClassIds, labels: ClassIds, options: Mapping[str, Any]
 ) -> dict[str, float]:
     """The numbers that a metric makes of (n,) predictions and (n,) labels: its own as `name`, others as `name_key`."""
     try:
         result = metric.compute(predictions=predictions, references=labels, **options)
     except Exception as error:
-        if isinstance(metric, ShippedMetric):
+        if isinstance(metric, Shipped):
             raise
         raise UserError(
             f"evaluation.metrics: {name} cannot be computed from predicted and true class ids: {error}; leave it out"
@@ -362,6 +251,8 @@ def detailed_report(logits: Logits, labels: ClassIds, label_names: Sequence[str]
         labels: (n,), class ids from 0 to c - 1.
         label_names: c distinct names in the order of their ids.
     """
+    import sklearn.metrics
+
     predictions = _predicted(logits, labels)
     assert len(set(label_names)) == len(label_names) == logits.shape[1], label_names
     ids = range(len(label_names))

@@ -56,7 +56,8 @@ class Predictor:
     def logits(self, texts: list[str], pairs: list[str] | None = None) -> Logits:
         """Logits of some texts, or pairs of texts, in their order; shape (texts, num_labels)."""
         tokens = tokens_of_texts(self.tokenizer, [texts] if pairs is None else [texts, pairs], self.max_length)
-        return predict_logits(self.accelerator, self.model, tokens, self.max_tokens)
+        packed = self.model.is_known
+        return predict_logits(self.accelerator, self.model, tokens, self.max_tokens, packed=packed)
 
 
 def load_predictor(

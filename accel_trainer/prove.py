@@ -38,7 +38,7 @@ from accel_trainer.run import Run, optimizer_state, prepare
 from accel_trainer.run_folder import RunFolder, write_json
 from accel_trainer.signals import interrupted_by_signals
 from accel_trainer.tracking import logger, quieten_libraries
-from accel_trainer.train import add_gradients, apply_gradients, divided_rows
+from accel_trainer.train import add_gradients, apply_gradients
 
 Numbers = npt.NDArray[np.float64]
 
@@ -81,6 +81,7 @@ class Layout:
     name: str
     legs: tuple[Leg, ...]
     max_tokens: int
+    layout: str = "auto"  # packed where that is possible
 
 
 @dataclass(frozen=True)
@@ -119,9 +120,11 @@ def layouts(processes: Sequence[int], steps: int, *, gpu: bool) -> list[Layout]:
     budget = batching.CPU_TOKENS
     found = [Layout("1 process", (Leg(1, steps),), budget)]
     found.append(Layout("1 process, one example at a time", (Leg(1, steps),), 1))
+    found.append(Layout("1 process, padded", (Leg(1, steps),), budget, "padded"))
     for count in sorted({*processes} - {1}):
         found.append(Layout(f"{count} processes", (Leg(count, steps),), budget))
         found.append(Layout(f"{count} processes, one example at a time", (Leg(count, steps),), 1))
+        found.append(Layout(f"{count} processes, padded", (Leg(count, steps),), budget, "padded"))
     half = steps // 2
     if half:
         for count in sorted({*processes} - {1}):
@@ -205,9 +208,9 @@ def reversed_order(run: Run, steps: int) -> Trace:
     run.model.train()
     loss, grad_norm, learning_rate = [], [], []
     for step in range(steps):
-        rows, (micro_batches,) = divided_rows(run, step)
+        rows, (micro_batches,) = run.feed.divide(step, run.max_tokens)
         backwards = [replace(part, indices=part.indices[::-1].copy()) for part in reversed(micro_batches)]
-        loss.append(float(add_gradients(run, step, rows, backwards)) / len(rows))
+        loss.append(float(add_gradients(run, run.feed.load(step, rows, backwards), len(rows))) / len(rows))
         learning_rate.append(run.scheduler.get_last_lr()[-1])
         grad_norm.append(float(apply_gradients(run)))
     state, _ = optimizer_state(run)
@@ -224,7 +227,7 @@ def fixed_logits(run: Run) -> Numbers:
     """Logits of the first rows of the validation split, or of the training split; shape (n, c)."""
     tokens = run.inputs.splits.get("validation", run.inputs.splits["train"]).tokens
     first = replace(tokens, lengths=tokens.lengths[:FIXED_ROWS])
-    return predict_logits(run.accelerator, run.model, first, run.max_tokens).astype(np.float64)
+    return predict_logits(run.accelerator, run.model, first, run.max_tokens, packed=run.packed).astype(np.float64)
 
 
 def take_steps(
@@ -241,6 +244,7 @@ def take_steps(
         launch += ["--config_file", str(shipped("accelerate_configs") / f"{config}.yaml")]
         launch += ["--num_processes", str(leg.processes), "-m", TRAINER, str(recipe), *overrides]
         launch += ["--output_dir", str(folder), "--max_tokens_per_device", str(layout.max_tokens)]
+        launch += ["--layout", layout.layout]
         launch += ["--stop_after", str(leg.until), "--resume", *["--trust_remote_code"] * trust_remote_code]
         said = launched(launch, folder.parent)
         status = RunFolder(folder).status()

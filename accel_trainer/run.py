@@ -10,16 +10,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from accel_trainer import artifacts, checkpoint, hardware
+from accel_trainer import artifacts, checkpoint, hardware, order
 from accel_trainer.classifier import Classifier, strays
 from accel_trainer.data import Split
-from accel_trainer.errors import RunFolderError, UserError
+from accel_trainer.errors import OutOfMemory, RunFolderError, UserError
+from accel_trainer.feed import Feed, StepWork
 from accel_trainer.inputs import Inputs, differences, flat, mathematics
 from accel_trainer.model import DROPOUT_NAMES, count_parameters
 from accel_trainer.optim import (
@@ -59,10 +61,10 @@ class TrainerState:
     def add(self, done: StepStatistics) -> None:
         """Count a step that was taken; its loss is added when it is read from the device."""
         self.step += 1
-        self.tokens += done.tokens
-        self.positions += done.positions
-        self.padded_positions += done.padded_positions
-        self.examples += done.examples
+        self.tokens += done.work.tokens
+        self.positions += done.work.positions
+        self.padded_positions += done.work.padded_positions
+        self.examples += done.work.examples
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,8 @@ class StepStatistics:
 
     loss_sum: Tensor  # scalar, plain sum of this process's example losses
     grad_norm: Tensor  # scalar, of the whole global batch, before clipping
-    examples: int  # of the global batch
-    tokens: int  # real tokens of the global batch
-    positions: int  # real and padding tokens computed for it, fillers left out
-    padded_positions: int  # examples × the longest of them
     learning_rate: float  # that the update used; of the head, where layers learn at rates of their own
+    work: StepWork
 
 
 @dataclass
@@ -90,7 +89,13 @@ class Run:
     optimizer: Optimizer
     scheduler: LambdaLR
     state: TrainerState
-    max_tokens: int
+    feed: Feed
+    max_tokens: int  # of a micro-batch
+
+    @property
+    def packed(self) -> bool:
+        """Whether the examples of a micro-batch stand in one row, without padding."""
+        return self.feed.packed
 
     @property
     def is_main(self) -> bool:
@@ -103,10 +108,23 @@ def prepare(
     inputs: Inputs,
     folder: RunFolder,
     *,
+    layout: str = "auto",
     max_tokens_per_device: int | None = None,
     gradient_checkpointing: bool = False,
 ) -> Run:
-    """Put model and optimizer on their device, wrapped as the accelerate config says, and open the trackers."""
+    """Put model and optimizer on their device, wrapped as the accelerate config says, and open the trackers.
+
+    Args:
+        accelerator: the run's.
+        inputs: read and checked.
+        folder: where the run is written.
+        layout: `packed`, `padded`, or `auto`: packed where that is possible.
+        max_tokens_per_device: token budget of a micro-batch; None: derived from the device.
+        gradient_checkpointing: compute activations twice instead of keeping them.
+
+    Raises:
+        UserError: the model cannot be trained so.
+    """
     recipe = inputs.recipe
     plan = TrainingPlan.of(recipe, len(inputs.splits["train"]))
     if gradient_checkpointing:
@@ -115,7 +133,7 @@ def prepare(
         except ValueError as error:
             raise UserError(f"--gradient_checkpointing: {error} Leave the option out") from error
     classifier = Classifier(inputs.model)
-    check_invariance(classifier, inputs.splits["train"])
+    packed = choose_layout(classifier, inputs.splits["train"], layout, accelerator.device)
     groups = parameter_groups(inputs.model, recipe.training)
     optimizer = build_optimizer(groups, recipe.training, accelerator.device)
     # The schedule stays unprepared: Accelerate's wrapper would move it once per process and update.
@@ -133,19 +151,66 @@ def prepare(
         optimizer=prepared,
         scheduler=scheduler,
         state=TrainerState(),
+        feed=Feed(
+            split=inputs.splits["train"],
+            training=recipe.training,
+            num_processes=accelerator.num_processes,
+            process_index=accelerator.process_index,
+            packed=packed,
+            pinned=accelerator.device.type == "cuda",
+        ),
         max_tokens=hardware.tokens_per_device(accelerator, max_tokens_per_device),
     )
 
 
-def check_invariance(classifier: Classifier, split: Split) -> None:
-    """See on three rows, from short to middling, that what is computed of an example depends on the example alone.
+def choose_layout(classifier: Classifier, split: Split, layout: str, device: torch.device) -> bool:
+    """Whether micro-batches are packed. A model that is not of `classifier.PACKED` is tried on three rows.
 
     Raises:
-        UserError: it does not, so that no layout could give the steps of another.
+        UserError: packed was asked for and is not possible, or what the model computes of an example depends on more than
+            the example, so that no layout could give the steps of another.
     """
+    packs = layout == "packed" or (layout == "auto" and device.type != "xla")  # XLA compiles every new length
+    if classifier.is_known:
+        return packs
     by_length = split.tokens.lengths.argsort(kind="stable")
-    rows = by_length[[0, len(split) // 4, len(split) // 2]]
-    difference, config = strays(classifier, split.tokens.inputs(rows)), classifier.model.config
+    rows = by_length[[0, len(split) // 4, len(split) // 2]]  # from short to middling
+    family = classifier.model.config.model_type
+    if packs:
+        reason = why_unpacked(classifier, split, rows)
+        if reason is None:
+            return True
+        if layout == "packed":
+            raise UserError(f"--layout packed: a {family} classifier cannot be packed ({reason}); leave the option out")
+        logger.info("note: a %s classifier is trained padded: packed, %s", family, reason)
+    check_invariance(classifier, split, rows)
+    return False
+
+
+def why_unpacked(classifier: Classifier, split: Split, rows: order.Rows) -> str | None:
+    """Why a model cannot be packed; None if on some rows it computes the same, to rounding."""
+    if not classifier.can_pack:
+        return "its attention is its own"
+    try:
+        difference = on_rows(classifier, split, rows, packed=True)
+    except Exception as error:  # whatever an unknown model makes of one long row
+        return f"it fails: {(str(error).splitlines() or [type(error).__name__])[0]}"
+    return None if difference <= ROUNDING else f"its logits move by {difference:.0e}"
+
+
+def on_rows(classifier: Classifier, split: Split, rows: order.Rows, *, packed: bool) -> float:
+    """`strays` of some rows in a layout."""
+    alone = [split.tokens.batch(rows[i : i + 1], packed=False) for i in range(len(rows))]
+    return strays(classifier, split.tokens.batch(rows, packed=packed), alone)
+
+
+def check_invariance(classifier: Classifier, split: Split, rows: order.Rows) -> None:
+    """See on some rows that what is computed of an example, padded, depends on the example alone.
+
+    Raises:
+        UserError: it does not.
+    """
+    difference, config = on_rows(classifier, split, rows, packed=False), classifier.model.config
     if difference == math.inf:
         drops = [key for key, names in DROPOUT_NAMES.items() if any(hasattr(config, name) for name in names)]
         raise UserError(
@@ -172,6 +237,7 @@ def write_run_json(run: Run) -> None:
         run.folder.run,
         {
             "hardware": facts,
+            "layout": "packed" if run.packed else "padded",
             "max_tokens_per_device": run.max_tokens,
             "versions": hardware.versions(),
             "git_commit": hardware.git_commit(Path.cwd()),
@@ -193,7 +259,7 @@ def write_run_json(run: Run) -> None:
         },
     )
     logger.info(
-        "%d examples, %d steps of %d (%d an epoch), %s of %s parameters trained; %d process%s on %s, precision %s",
+        "%d examples, %d steps of %d (%d an epoch), %s of %s parameters trained; %d process%s on %s, precision %s, %s",
         plan.num_examples,
         plan.total_steps,
         plan.global_batch_size,
@@ -204,6 +270,7 @@ def write_run_json(run: Run) -> None:
         "" if facts["num_processes"] == 1 else "es",
         facts["device"],
         "float32" if facts["mixed_precision"] == "no" else facts["mixed_precision"],
+        "packed without padding" if run.packed else "padded",
     )
 
 
@@ -350,6 +417,8 @@ def continue_run(run: Run, path: Path | None, allow_changed: Sequence[str], *, k
     with hardware.together(run.accelerator):
         if path is not None:
             restore(run, path, allow_changed, keep_token_budget=keep_token_budget)
+    if keep_token_budget:  # what a process out of memory asked for; storage need not be shared
+        run.max_tokens = min(gather_object([min(run.max_tokens, run.folder.token_budget() or run.max_tokens)]))
     steps = gather_object([run.state.step])
     if len(set(steps)) > 1:
         raise RunFolderError(
@@ -366,6 +435,29 @@ def continue_run(run: Run, path: Path | None, allow_changed: Sequence[str], *, k
         checkpoint.abandon_later(run.folder.checkpoints, run.state.step)
         checkpoint.sweep(run.folder.checkpoints)
     run.accelerator.wait_for_everyone()
+
+
+def halve_token_budget(run: Run, split: Split, error: OutOfMemory) -> None:
+    """Answer to a micro-batch that does not fit: a process alone goes on with half the budget, several start again with it.
+
+    Raises:
+        OutOfMemory: one example alone does not fit; or there are other processes, which wait in a collective by now, so
+            that this one can only end and leave the halved budget for `--resume`.
+    """
+    if run.max_tokens <= int(split.tokens.lengths.min()):
+        raise OutOfMemory(
+            f"{error}: even single examples do not fit; shorten dataset.max_length, or use --gradient_checkpointing, a smaller "
+            "checkpoint or a larger device. The last checkpoint is kept"
+        ) from error
+    run.max_tokens //= 2
+    if run.accelerator.num_processes == 1:
+        logger.warning("out of memory: going on with micro-batches of %d tokens (%s)", run.max_tokens, error)
+        return
+    run.folder.set_token_budget(run.max_tokens)
+    raise OutOfMemory(
+        f"{error}: process {run.accelerator.process_index} of {run.accelerator.num_processes} is out of memory; run the same "
+        f"line again with --resume, and it goes on with micro-batches of {run.max_tokens} tokens"
+    ) from error
 
 
 def throughput(run: Run) -> dict[str, Any]:

@@ -58,6 +58,7 @@ class RunFolder:
         self.model = path / "model"
         self.predictions = path / "predictions"
         self._status = path / "status.json"
+        self._token_budget = path / "token_budget.json"
 
     @property
     def holds_a_run(self) -> bool:
@@ -75,6 +76,18 @@ class RunFolder:
     def set_status(self, state: State, step: int, exit_code: int | None = None, reason: str | None = None) -> None:
         """Say how the run stands, for whoever watches it from outside."""
         write_json(self._status, {"state": state, "exit_code": exit_code, "step": step, "reason": reason})
+
+    def token_budget(self) -> int | None:
+        """Tokens of a micro-batch that a process out of memory asked for; None if none did."""
+        try:
+            found: int = json.loads(self._token_budget.read_text(encoding="utf-8"))["max_tokens_per_device"]
+        except (OSError, ValueError, KeyError):
+            return None
+        return found
+
+    def set_token_budget(self, max_tokens: int) -> None:
+        """Ask for micro-batches of so many tokens when the run goes on. Any process may; the smallest counts."""
+        write_json(self._token_budget, {"max_tokens_per_device": min(max_tokens, self.token_budget() or max_tokens)})
 
     def weights_step(self, folder: Path) -> int | None:
         """Optimizer step of the weights in `best/` or its like; None if there are none or they are damaged."""

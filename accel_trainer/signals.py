@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accel_trainer.errors import Interrupted
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+AGREEMENT = 1.0  # seconds between two times that the processes ask each other; a scheduler's grace is 30 or more
 IMPATIENCE = 3.0  # seconds after which a second Ctrl-C means "now"; a launcher and a terminal may both send the first
 
 
@@ -51,6 +52,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._asked_at: float | None = None
+        self._interval, self._steps = 1, 0  # steps between agreements, and since the last: the same on all processes
+        self._agreed_at = time.monotonic()
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -70,8 +73,19 @@ class StopRequest:
         self._asked_at = now if self._asked_at is None else self._asked_at
 
     def agreed(self, accelerator: Accelerator) -> bool:
-        """Whether any process was asked to stop; the same answer on all of them. Collective."""
+        """Whether any process was asked to stop; the same answer on all of them. To be asked once per step.
+
+        Several processes agree about once in `AGREEMENT` seconds and not at every step, because that waits for the device.
+        Collective then.
+        """
         if accelerator.num_processes == 1:
             return self._asked_at is not None
-        asked = torch.tensor([float(self._asked_at is not None)], device=accelerator.device)
-        return bool(accelerator.reduce(asked, "sum").item() > 0)
+        self._steps += 1
+        if self._steps < self._interval:
+            return False
+        now = time.monotonic()
+        mine = [float(self._asked_at is not None), (now - self._agreed_at) / self._steps]
+        asked, seconds = accelerator.reduce(torch.tensor(mine, device=accelerator.device), "sum").tolist()
+        seconds_per_step = max(seconds / accelerator.num_processes, 1e-6)
+        self._interval, self._steps, self._agreed_at = min(max(int(AGREEMENT / seconds_per_step), 1), 100), 0, now
+        return bool(asked > 0)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ import torch
 from tokenizers import BertWordPieceTokenizer
 from transformers import AutoTokenizer, BertTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from accel_trainer import batching
 from accel_trainer.errors import CannotLoad, DataError, UserError
+from accel_trainer.packing import Packing
 from accel_trainer.recipe import ModelSection, TokenizerTraining
 
 TOKENS_FORMAT = 1  # part of the cache key; raised when the columns of the token cache change
@@ -147,6 +150,19 @@ class TokenColumn:
 
 
 @dataclass(frozen=True)
+class Batch:
+    """Model inputs of a micro-batch, padded or packed. Legend: b examples, t tokens."""
+
+    inputs: dict[str, torch.Tensor]  # padded (b, t) with an attention_mask, packed (1, t) without
+    packing: Packing | None  # where the examples stand in the one row; None: padded
+
+    def apply(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        """The same batch with its tensors moved."""
+        inputs = {name: move(tensor) for name, tensor in self.inputs.items()}
+        return Batch(inputs, None if self.packing is None else self.packing.apply(move))
+
+
+@dataclass(frozen=True)
 class Tokens:
     """Tokenised rows. Legend: b examples of a micro-batch, t tokens of the longest of them."""
 
@@ -158,9 +174,28 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def inputs(self, rows: npt.NDArray[np.int64]) -> dict[str, torch.Tensor]:
-        """Model inputs of some rows, padded to the longest: input_ids, attention_mask, … each (b, t), int64."""
-        t = int(self.lengths[rows].max())
+    @cached_property
+    def padded_lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens per row when padded, (rows,): rounded up to one of few, so that compilers see few shapes."""
+        few = batching.padded_lengths(self.lengths)
+        rounded: npt.NDArray[np.int64] = few[np.searchsorted(few, self.lengths)]
+        return rounded
+
+    def costs(self, *, packed: bool) -> npt.NDArray[np.int64]:
+        """What each row takes of a token budget, (rows,)."""
+        return self.lengths if packed else self.padded_lengths
+
+    def batch(self, rows: npt.NDArray[np.int64], *, packed: bool) -> Batch:
+        """Model inputs of some rows in one of the two layouts."""
+        if not packed:
+            return Batch(self.inputs(rows, int(self.padded_lengths[rows].max())), None)
+        row = {name: np.concatenate([column[int(i)] for i in rows]) for name, column in self.columns.items()}
+        inputs = {name: torch.from_numpy(tokens.astype(np.int64)).unsqueeze(0) for name, tokens in row.items()}
+        return Batch(inputs, Packing.of(self.lengths[rows]))
+
+    def inputs(self, rows: npt.NDArray[np.int64], length: int | None = None) -> dict[str, torch.Tensor]:
+        """Model inputs of some rows, padded to a length or to the longest: input_ids, attention_mask, … each (b, t), int64."""
+        t = int(self.lengths[rows].max()) if length is None else length
         inputs = {name: np.zeros((len(rows), t), dtype=np.int64) for name in (*self.columns, "attention_mask")}
         inputs["input_ids"].fill(self.pad_token_id)
         for i, row in enumerate(rows):

@@ -24,18 +24,21 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from accel_trainer import artifacts, batching, dropout, hardware, metrics, order
+from accel_trainer import artifacts, hardware, metrics
 from accel_trainer.data import Split
 from accel_trainer.errors import (
     EXIT_DONE,
     EXIT_FAILED,
     AccelTrainerError,
     Interrupted,
+    OutOfMemory,
     RunFolderError,
     TrainingFailed,
     UserError,
 )
 from accel_trainer.evaluation import Logits, predict_logits
+from accel_trainer.feed import Loaded
+from accel_trainer.hardware import out_of_memory_named
 from accel_trainer.inputs import read_inputs_together
 from accel_trainer.library import find_recipe
 from accel_trainer.loss import example_losses
@@ -46,6 +49,7 @@ from accel_trainer.run import (
     StepStatistics,
     TrainerState,
     continue_run,
+    halve_token_budget,
     prepare,
     record,
     save,
@@ -68,6 +72,7 @@ class Options:
     resume_from_checkpoint: Path | None = None
     allow_changed: tuple[str, ...] = ()
     max_tokens_per_device: int | None = None
+    layout: str = "auto"
     gradient_checkpointing: bool = False
     stop_after: int | None = None
     trust_remote_code: bool = False
@@ -92,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             resume_from_checkpoint=arguments.resume_from_checkpoint,
             allow_changed=tuple(arguments.allow_changed),
             max_tokens_per_device=arguments.max_tokens_per_device,
+            layout=arguments.layout,
             gradient_checkpointing=arguments.gradient_checkpointing,
             stop_after=arguments.stop_after,
             trust_remote_code=arguments.trust_remote_code,
@@ -99,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = RunFolder(options.output_dir)
         train(load_recipe(path, arguments.overrides), options)
     except AccelTrainerError as error:
-        if is_first:
+        if is_first or isinstance(error, OutOfMemory):  # which only the process that it happened to knows of
             print(f"{'' if isinstance(error, Interrupted) else 'error: '}{error}", file=sys.stderr, flush=True)
             if folder is not None and isinstance(error, UserError):
                 folder.note_mistake(error, resume=options.resume)
@@ -136,6 +142,7 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any]:
             accelerator,
             inputs,
             folder,
+            layout=options.layout,
             max_tokens_per_device=options.max_tokens_per_device,
             gradient_checkpointing=options.gradient_checkpointing,
         )
@@ -182,9 +189,13 @@ def fit(run: Run, stop: StopRequest, stop_after: int | None = None) -> None:
             except GradientOverflow:
                 state.overflows += 1
                 continue  # the same step again, with a smaller scale
+            except OutOfMemory as error:
+                halve_token_budget(run, run.inputs.splits["train"], error)
+                run.optimizer.zero_grad()
+                continue  # the same step again, in smaller micro-batches
             state.add(done)
             loss_sum = loss_sum + done.loss_sum
-            progress.step(done.tokens)
+            progress.step(done.work.tokens)
 
             stopping = stop.agreed(run.accelerator) or state.step == stop_after
             logs, evaluates, saves = plan.logs_at(state.step), plan.evaluates_at(state.step), plan.saves_at(state.step)
@@ -212,58 +223,38 @@ def training_step(run: Run, step: int) -> StepStatistics:
         GradientOverflow: fp16 gradients overflowed; nothing was updated and the scale is smaller now.
         TrainingFailed: they overflow at any scale.
     """
-    rows, divided = divided_rows(run, step)
-    loss_sum = add_gradients(run, step, rows, divided[run.accelerator.process_index])
+    work = run.feed.take(step, run.max_tokens)
+    loss_sum = add_gradients(run, work.micro_batches, work.examples)
     learning_rate = run.scheduler.get_last_lr()[-1]
     grad_norm = apply_gradients(run)
-    lengths = run.inputs.splits["train"].tokens.lengths[rows]
-    real = [m.indices for part in divided for m in part if m.weight]
-    return StepStatistics(
-        loss_sum=loss_sum,
-        grad_norm=grad_norm,
-        examples=len(rows),
-        tokens=int(lengths.sum()),
-        positions=sum(len(indices) * int(lengths[indices].max()) for indices in real),
-        padded_positions=len(rows) * int(lengths.max()),
-        learning_rate=float(learning_rate),
-    )
+    return StepStatistics(loss_sum, grad_norm, float(learning_rate), work)
 
 
-def divided_rows(run: Run, step: int) -> tuple[order.Rows, list[list[batching.MicroBatch]]]:
-    """Rows of the global batch of a step, and the micro-batches of each process, which point into them."""
-    split, training = run.inputs.splits["train"], run.inputs.recipe.training
-    rows = order.global_batch(
-        step, seed=training.seed, num_examples=len(split), global_batch_size=training.global_batch_size
-    )
-    return rows, batching.divide_batch(split.tokens.lengths[rows], run.accelerator.num_processes, run.max_tokens)
-
-
-def add_gradients(run: Run, step: int, rows: order.Rows, micro_batches: Sequence[batching.MicroBatch]) -> torch.Tensor:
+def add_gradients(run: Run, micro_batches: Sequence[Loaded], global_batch_size: int) -> torch.Tensor:
     """Add up one process's share of the gradient of a global batch.
 
     Args:
         run: its gradients are added to.
-        step: optimizer steps taken before this one.
-        rows: of the global batch.
-        micro_batches: this process's share of it.
+        micro_batches: this process's share of the step.
+        global_batch_size: examples of this step over all processes; fewer in the last batch of an epoch.
 
     Returns:
         the plain sum of this share's example losses, a scalar.
+
+    Raises:
+        OutOfMemory: they do not fit; the gradients are what they were before.
     """
-    accelerator, split, training = run.accelerator, run.inputs.splits["train"], run.inputs.recipe.training
+    accelerator, smoothing = run.accelerator, run.inputs.recipe.training.label_smoothing_factor
     loss_sum = torch.zeros((), device=accelerator.device)
-    for i, micro_batch in enumerate(micro_batches):
-        taken = rows[micro_batch.indices]
-        inputs = {name: value.to(accelerator.device) for name, value in split.tokens.inputs(taken).items()}
-        labels = torch.from_numpy(split.rows.labels[taken]).to(accelerator.device)
-        keys = dropout.example_keys(taken, seed=training.seed, step=step).to(accelerator.device)
+    for i, loaded in enumerate(micro_batches):
         is_last = i == len(micro_batches) - 1
-        with nullcontext() if is_last else accelerator.no_sync(run.model):
-            logits = run.model(inputs, keys)
-            losses = example_losses(logits, labels, training.label_smoothing_factor) * micro_batch.weight
+        with out_of_memory_named(), nullcontext() if is_last else accelerator.no_sync(run.model):
+            here = loaded.on(accelerator.device)
+            logits = run.model(here.batch.inputs, here.example_keys, here.batch.packing)
+            losses = example_losses(logits, here.labels, smoothing) * here.weight
             # The one place that scales the loss: DDP and FSDP average gradients over processes, so that multiplying by
             # their number makes this the sum over the global batch divided by its true size, the last batch's too.
-            accelerator.backward(losses.sum() * (accelerator.num_processes / len(rows)))
+            accelerator.backward(losses.sum() * (accelerator.num_processes / global_batch_size))
         loss_sum = loss_sum + losses.detach().sum()
     return loss_sum
 
@@ -352,7 +343,7 @@ def evaluate_during_training(run: Run) -> bool:
     started = time.perf_counter()
     state, settings = run.state, run.inputs.recipe.evaluation
     split = run.inputs.splits["validation"]
-    scores = score(run, split, predict_logits(run.accelerator, run.model, split.tokens, run.max_tokens))
+    scores = score(run, split, logits_of(run, split))
     record(run, {"step": state.step, "split": "validation", **scores})
     shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
     value = scores[settings.best_metric]
@@ -373,6 +364,15 @@ def evaluate_during_training(run: Run) -> bool:
         logger.info("stopping early: no better %s in %d evaluations", settings.best_metric, patience)
     state.seconds["evaluate"] += time.perf_counter() - started
     return state.stopped_early
+
+
+def logits_of(run: Run, split: Split) -> Logits:
+    """Logits of a split, in smaller micro-batches if they do not fit; the same on every process."""
+    while True:
+        try:
+            return predict_logits(run.accelerator, run.model, split.tokens, run.max_tokens, packed=run.packed)
+        except OutOfMemory as error:
+            halve_token_budget(run, split, error)
 
 
 def score(run: Run, split: Split, logits: Logits) -> dict[str, float]:
@@ -406,7 +406,7 @@ def finish(run: Run) -> dict[str, Any]:
         if role not in inputs.splits:
             continue
         split = inputs.splits[role]
-        logits = predict_logits(run.accelerator, run.model, split.tokens, run.max_tokens)
+        logits = logits_of(run, split)
         if split.rows.is_labelled:
             scores[role] = score(run, split, logits)
             details = metrics.detailed_report(logits, split.rows.labels, inputs.label_names)
@@ -441,6 +441,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--allow_changed", action="append", default=[], metavar="KEY", help="continue although this key has changed")
     add("--stop_after", type=int, metavar="STEP", help="save and stop after this step, as a signal would")
     add("--max_tokens_per_device", type=int, metavar="N", help="tokens per micro-batch, padding included")
+    add(
+        "--layout", choices=("auto", "packed", "padded"), default="auto", help="packed: without padding, where possible"
+    )
     add("--gradient_checkpointing", action="store_true", help="compute activations twice instead of keeping them")
     add("--trust_remote_code", action="store_true", help="run code that the checkpoint's repository holds")
     return parser.parse_intermixed_args(argv)

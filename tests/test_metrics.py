@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from accel_trainer import metrics as m
+from accel_trainer import shipped_metrics
 from accel_trainer.errors import UserError
 from accel_trainer.recipe import SHIPPED_METRICS
 
@@ -60,8 +61,12 @@ def by_hand(num_labels, references, predictions):
 
 
 def test_shipped_metrics_are_the_recipe_s_and_bear_its_names():
-    assert tuple(m.SHIPPED) == SHIPPED_METRICS
-    for name, module in m.load_metrics(SHIPPED_METRICS).items():
+    assert tuple(shipped_metrics.SHIPPED) == SHIPPED_METRICS
+    assert set(m.AVERAGED) == {
+        name for name, kind in shipped_metrics.SHIPPED.items() if issubclass(kind, shipped_metrics.AveragedMetric)
+    }
+    for name, kind in shipped_metrics.SHIPPED.items():
+        module = kind()
         assert module.name == name
         assert isinstance(module, evaluate.Metric)
         assert list(module.compute(predictions=[0, 1, 1], references=[0, 1, 0])) == [name]
@@ -197,7 +202,7 @@ def test_labels_that_do_not_fit_break_an_invariant(labels):
 
 
 def test_a_metric_works_alone_again_and_again():
-    f1 = m.F1()
+    f1 = shipped_metrics.F1()
     for _ in range(2):
         assert f1.compute(predictions=[0, 1, 1], references=[0, 1, 0], average="macro")["f1"] == pytest.approx(2 / 3)
     assert f1.compute(predictions=[0, 2, 1], references=[0, 1, 1], average=None)["f1"] == pytest.approx([1, 2 / 3, 0])
@@ -205,7 +210,12 @@ def test_a_metric_works_alone_again_and_again():
 
 
 def test_rows_added_one_by_one_in_batches_and_at_once_are_the_same_rows():
-    for metric in (m.F1(), m.F1(keep_in_memory=True), m.MatthewsCorrelation(), m.Accuracy()):
+    for metric in (
+        shipped_metrics.F1(),
+        shipped_metrics.F1(keep_in_memory=True),
+        shipped_metrics.MatthewsCorrelation(),
+        shipped_metrics.Accuracy(),
+    ):
         at_once = metric.compute(predictions=[0, 1, 1, 0], references=[0, 1, 0, 0])
         for _ in range(2):
             metric.add(prediction=0, reference=0)
@@ -214,26 +224,26 @@ def test_rows_added_one_by_one_in_batches_and_at_once_are_the_same_rows():
 
 
 def test_modules_combine():
-    combined = evaluate.combine([m.Accuracy(), m.Recall()])
+    combined = evaluate.combine([shipped_metrics.Accuracy(), shipped_metrics.Recall()])
     assert combined.compute(predictions=[0, 1], references=[1, 1]) == {"accuracy": 0.5, "recall": 0.5}
 
 
 @pytest.mark.parametrize("predictions", [[0.5, 1.0], [math.nan, 1.0], [[0], [1]], ["0", "1"], [1]])
 def test_what_is_no_class_id_per_row_is_refused(predictions):
     with pytest.raises(ValueError, match=r"class ids|numbers of samples"):
-        m.Accuracy().compute(predictions=predictions, references=[0, 1])
+        shipped_metrics.Accuracy().compute(predictions=predictions, references=[0, 1])
 
 
 def test_a_million_float_predictions_are_quick():
     random = np.random.default_rng(0)
     references, predictions = random.integers(0, 3, (2, 10**6)).astype(np.float64)
     start = time.perf_counter()
-    m.F1().compute(predictions=predictions, references=references, average="macro")
+    shipped_metrics.F1().compute(predictions=predictions, references=references, average="macro")
     assert time.perf_counter() - start < 2
 
 
 def test_a_metric_on_disk_still_works(tmp_path):
-    metric = m.Accuracy(keep_in_memory=False, cache_dir=str(tmp_path))
+    metric = shipped_metrics.Accuracy(keep_in_memory=False, cache_dir=str(tmp_path))
     metric.add_batch(predictions=[0, 1], references=[1, 1])
     assert metric.compute() == {"accuracy": 0.5}
 
@@ -363,6 +373,8 @@ sys.modules["transformers"] = None  # evaluate imports it where it can, and torc
 import numpy as np
 from accel_trainer import metrics as m
 from accel_trainer.errors import UserError
+light = not {"evaluate", "sklearn", "scipy", "torch", "transformers"} & {k for k, v in sys.modules.items() if v}
+from accel_trainer.shipped_metrics import SHIPPED
 del sys.modules["transformers"]
 torch_imported = "torch" in sys.modules
 
@@ -373,10 +385,11 @@ def wait_for_the_other():
 wait_for_the_other()
 results = []
 for _ in range(30):
-    loaded = m.load_metrics(list(m.SHIPPED))
+    loaded = m.load_metrics(list(SHIPPED))
     results.append(m.compute_metrics(loaded, np.eye(3)[[0, 1, 1]], np.array([0, 1, 0]), "macro"))
-    loaded["f1"].add_batch(predictions=[0, 1], references=[0, 1])
-    results.append(loaded["f1"].compute())
+    f1 = SHIPPED["f1"]()
+    f1.add_batch(predictions=[0, 1], references=[0, 1])
+    results.append(f1.compute())
 left = [str(path) for root in (os.environ["HF_HOME"], ".") for path in Path(root).rglob("*")]
 
 wait_for_the_other()
@@ -387,7 +400,7 @@ try:
     m.load_metrics(["rouge"])
 except UserError as error:
     answer = {"results": results, "left": left, "dialled": dialled, "error": str(error)}
-    print(json.dumps(answer | {"torch": torch_imported}))
+    print(json.dumps(answer | {"torch": torch_imported, "light": light}))
 """
 
 
@@ -428,6 +441,10 @@ def test_offline_a_foreign_metric_is_the_user_s_mistake_and_nobody_dials(two_pro
 
 def test_torch_is_not_imported_by_the_module_itself(two_processes):
     assert [answer["torch"] for answer in two_processes] == [False, False]
+
+
+def test_what_scores_are_computed_with_waits_for_the_first_score(two_processes):
+    assert [answer["light"] for answer in two_processes] == [True, True]
 
 
 # ── best, and text ────────────────────────────────────────────────────────────────────────────────────────────────────

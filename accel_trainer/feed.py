@@ -1,0 +1,108 @@
+"""What a process computes of each optimizer step, as tensors, made ready while the step before is computed.
+
+A step's work is a function of its number alone, so that it can be made ahead, thrown away and made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from accel_trainer import batching, dropout, order
+from accel_trainer.data import Split
+from accel_trainer.recipe import TrainingSection
+from accel_trainer.tokenization import Batch
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A micro-batch as tensors. Legend: b examples."""
+
+    batch: Batch
+    labels: Tensor  # (b,) int64
+    example_keys: Tensor  # (b, 4), see `dropout.example_keys`
+    weight: float  # 0.0 for a filler
+
+    def on(self, device: torch.device) -> Loaded:
+        """The same on its device; from pinned memory nobody waits for the copy."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return Loaded(self.batch.apply(move), move(self.labels), move(self.example_keys), self.weight)
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """One process's share of a step, and the size of the whole."""
+
+    micro_batches: Sequence[Loaded]
+    examples: int  # of the global batch
+    tokens: int  # real tokens of the global batch
+    positions: int  # real and padding tokens computed for it, fillers left out
+    padded_positions: int  # examples × the longest of them
+
+
+@dataclass
+class Feed:
+    """The work of one process of a run, step by step."""
+
+    split: Split
+    training: TrainingSection
+    num_processes: int
+    process_index: int
+    packed: bool
+    pinned: bool  # in memory that a GPU reads by itself
+    _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "feed"))
+    _ahead: tuple[tuple[int, int], Future[StepWork]] | None = None
+
+    def take(self, step: int, max_tokens: int) -> StepWork:
+        """The work of a step at a token budget; that of the next is begun."""
+        asked = (step, max_tokens)
+        ready = self._ahead[1].result() if self._ahead and self._ahead[0] == asked else self.work(step, max_tokens)
+        self._ahead = (step + 1, max_tokens), self._thread.submit(self.work, step + 1, max_tokens)
+        return ready
+
+    def work(self, step: int, max_tokens: int) -> StepWork:
+        """The work of a step at a token budget."""
+        rows, divided = self.divide(step, max_tokens)
+        lengths, costs = self.split.tokens.lengths[rows], self.split.tokens.costs(packed=self.packed)[rows]
+        real = [part.indices for parts in divided for part in parts if part.weight]
+        return StepWork(
+            micro_batches=self.load(step, rows, divided[self.process_index]),
+            examples=len(rows),
+            tokens=int(lengths.sum()),
+            positions=sum(
+                int(costs[indices].sum() if self.packed else len(indices) * costs[indices].max()) for indices in real
+            ),
+            padded_positions=len(rows) * int(lengths.max()),
+        )
+
+    def divide(self, step: int, max_tokens: int) -> tuple[order.Rows, list[list[batching.MicroBatch]]]:
+        """Rows of the global batch of a step, and the micro-batches of each process, which point into them."""
+        rows = order.global_batch(
+            step,
+            seed=self.training.seed,
+            num_examples=len(self.split),
+            global_batch_size=self.training.global_batch_size,
+        )
+        costs = self.split.tokens.costs(packed=self.packed)[rows]
+        return rows, batching.divide_batch(costs, self.num_processes, max_tokens, packed=self.packed)
+
+    def load(self, step: int, rows: order.Rows, micro_batches: Sequence[batching.MicroBatch]) -> list[Loaded]:
+        """Micro-batches of a step as tensors."""
+        loaded = []
+        for micro_batch in micro_batches:
+            taken = rows[micro_batch.indices]
+            batch = self.split.tokens.batch(taken, packed=self.packed)
+            labels = torch.from_numpy(np.asarray(self.split.rows.labels[taken]))
+            keys = dropout.example_keys(taken, seed=self.training.seed, step=step)
+            if self.pinned:
+                batch, labels, keys = batch.apply(Tensor.pin_memory), labels.pin_memory(), keys.pin_memory()
+            loaded.append(Loaded(batch, labels, keys, micro_batch.weight))
+        return loaded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import shutil
@@ -22,6 +23,7 @@ from accel_trainer.batching import token_budget
 from accel_trainer.errors import HardwareError, OutOfMemory, UserError
 
 PACKAGES = ("accel_trainer", "torch", "transformers", "accelerate", "datasets", "tokenizers", "evaluate", "numpy")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 REFUSED = {
     DistributedType.DEEPSPEED: "DeepSpeed owns the optimizer step and pickles its checkpoints; use FSDP instead",
     DistributedType.MEGATRON_LM: "Megatron-LM owns the training loop; use FSDP instead",
@@ -37,6 +39,7 @@ def start_accelerator(report_to: Sequence[str] = (), project_dir: str | Path | N
         UserError: a tracker is not installed.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    keep_freed_memory()
     try:
         accelerator = Accelerator(
             # Processes started on a machine without an accelerator must be told so, or each believes itself alone.
@@ -71,6 +74,17 @@ def start_accelerator(report_to: Sequence[str] = (), project_dir: str | Path | N
     if reason is not None:
         raise HardwareError(f"accelerate config: distributed_type {accelerator.distributed_type.value}: {reason}")
     return accelerator
+
+
+def keep_freed_memory() -> None:
+    """Let the process keep large blocks of memory that it frees, instead of handing each back to the system.
+
+    Every step would have them paged in again, a tenth of its time on short texts (measured). The GNU C library only.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        library = ctypes.CDLL(None)
+        library.mallopt(M_MMAP_THRESHOLD, 2**30)
+        library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def smallest_memory(accelerator: Accelerator) -> int | None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -15,6 +16,8 @@ from transformers.optimization import Adafactor
 from accel_trainer.model import layer_depths
 from accel_trainer.plan import TrainingPlan
 from accel_trainer.recipe import TrainingSection
+
+CLIP_EPSILON = 1e-6  # torch divides by norm + this, so that a little below the bound it clips already
 
 
 def undecayed(model: nn.Module) -> set[str]:
@@ -57,20 +60,42 @@ def parameter_groups(model: PreTrainedModel, section: TrainingSection) -> list[d
 
 def build_optimizer(groups: Iterable[dict[str, Any]], section: TrainingSection, device: torch.device) -> Optimizer:
     """The recipe's optimizer over `parameter_groups`, fused where the device has it."""
-    groups = list(groups)
+    groups, is_fused = list(groups), device.type in ("cpu", "cuda", "mps", "xpu")
     if section.optim == "adamw_torch":
         return torch.optim.AdamW(
             groups,
             lr=section.learning_rate,
             betas=(section.adam_beta1, section.adam_beta2),
             eps=section.adam_epsilon,
-            fused=device.type in ("cpu", "cuda", "mps", "xpu"),
+            fused=is_fused,
         )
     if section.optim == "adafactor":  # fixed learning rate, as the recipe's schedule demands
         return Adafactor(  # type: ignore[no-untyped-call]
             groups, lr=section.learning_rate, scale_parameter=False, relative_step=False
         )
-    return torch.optim.SGD(groups, lr=section.learning_rate)
+    return torch.optim.SGD(groups, lr=section.learning_rate, fused=is_fused)
+
+
+def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float | None) -> Tensor:
+    """Scale the whole gradient down to a norm of `max_norm` where it exceeds it, once per step.
+
+    Args:
+        accelerator: the run's, which undoes the loss scale of fp16 and knows of sharded gradients.
+        model: the prepared model.
+        max_norm: None only measures.
+
+    Returns:
+        the norm before, a scalar.
+    """
+    if accelerator.device.type != "cpu" or accelerator.scaler is not None:
+        bound = float("inf") if max_norm is None else max_norm
+        return torch.as_tensor(accelerator.clip_grad_norm_(model.parameters(), bound))
+    # Nobody waits for a look at a number on a CPU, and it mostly saves a pass over all gradients to multiply them by 1.
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if max_norm is not None and norm + CLIP_EPSILON > max_norm:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
 
 
 def build_scheduler(optimizer: Optimizer, section: TrainingSection, plan: TrainingPlan) -> LambdaLR:

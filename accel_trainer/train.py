@@ -42,6 +42,7 @@ from accel_trainer.hardware import out_of_memory_named
 from accel_trainer.inputs import read_inputs_together
 from accel_trainer.library import find_recipe
 from accel_trainer.loss import example_losses
+from accel_trainer.optim import clip_gradients
 from accel_trainer.recipe import Recipe
 from accel_trainer.recipe_file import load_recipe
 from accel_trainer.run import (
@@ -269,12 +270,10 @@ def apply_gradients(run: Run) -> torch.Tensor:
         GradientOverflow: fp16 gradients overflowed; nothing was updated and the scale is smaller now.
         TrainingFailed: they overflow at any scale.
     """
-    max_grad_norm = run.inputs.recipe.training.max_grad_norm
-    bound = float("inf") if max_grad_norm is None else max_grad_norm  # an infinite bound only measures
-    grad_norm = run.accelerator.clip_grad_norm_(run.model.parameters(), bound)
+    grad_norm = clip_gradients(run.accelerator, run.model, run.inputs.recipe.training.max_grad_norm)
     update(run)
     run.scheduler.step()
-    return torch.as_tensor(grad_norm)
+    return grad_norm
 
 
 class GradientOverflow(Exception):

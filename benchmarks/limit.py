@@ -165,7 +165,7 @@ def sizes_of(run: Run) -> Sizes:
 def micro_batches(run: Run, block: Block) -> list[order.Rows]:
     """Return the lengths of the examples of each micro-batch of a block."""
     lengths = run.inputs.splits["train"].tokens.lengths
-    steps = [train.divided_rows(run, block.first_step + i) for i in range(len(block.batches))]
+    steps = [run.feed.divide(block.first_step + i, run.max_tokens) for i in range(len(block.batches))]
     return [lengths[rows[part.indices]] for rows, divided in steps for part in divided[0]]
 
 

@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+Seconds = tuple[float, float]  # by the clock; of all cores together, which other jobs of the machine change less
+
 PACKAGES = ("accel_trainer", "torch", "transformers", "accelerate", "datasets", "tokenizers", "evaluate")
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 BARE = "import torch, transformers, datasets"
@@ -49,28 +51,29 @@ def machine() -> str:
     return f"{cpu}, {os.cpu_count()} cores, OMP_NUM_THREADS {threads}; Python {platform.python_version()}, {versions}"
 
 
-def run(code: str, arguments: Sequence[str], environment: Mapping[str, str]) -> float:
-    """Return the seconds that a fresh interpreter takes for some code."""
+def run(code: str, arguments: Sequence[str], environment: Mapping[str, str]) -> Seconds:
+    """Return the seconds that a fresh interpreter takes for some code, by the clock and of all cores."""
     command = [sys.executable, "-c", code, *arguments]
-    started = time.perf_counter()
+    started, before = time.perf_counter(), os.times()
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    seconds = time.perf_counter() - started
+    seconds, after = time.perf_counter() - started, os.times()
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(arguments)} ended with code {done.returncode}:\n{done.stderr}")
-    return seconds
+    return seconds, cpu
 
 
-def time_processes(recipes: Sequence[Path], rounds: int, folder: Path) -> dict[str, list[float]]:
+def time_processes(recipes: Sequence[Path], rounds: int, folder: Path) -> dict[str, list[Seconds]]:
     """Time fresh processes in turn, so that a busy moment of the machine meets all of them; a first round warms the caches."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
 
-    def first_step(recipe: Path, number: int) -> float:
+    def first_step(recipe: Path, number: int) -> Seconds:
         return run(FIRST_STEP, [str(recipe), "--output_dir", str(folder / f"{recipe.stem}-{number}")], environment)
 
-    def cli(*arguments: str) -> Callable[[int], float]:
+    def cli(*arguments: str) -> Callable[[int], Seconds]:
         return lambda _: run(CLI, arguments, environment)
 
-    kinds: dict[str, Callable[[int], float]] = {
+    kinds: dict[str, Callable[[int], Seconds]] = {
         f"`{BARE}`": lambda _: run(BARE + END, [], environment),
         "the same, and `from transformers import BertForSequenceClassification`": lambda _: run(
             f"{BARE}\nfrom transformers import BertForSequenceClassification{END}", [], environment
@@ -84,7 +87,7 @@ def time_processes(recipes: Sequence[Path], rounds: int, folder: Path) -> dict[s
         **{f"`accel-trainer check {recipe.stem}`": cli("check", str(recipe)) for recipe in recipes},
         "`accel-trainer show quickstart`": cli("show", str(QUICKSTART)),
     }
-    times: dict[str, list[float]] = {name: [] for name in kinds}
+    times: dict[str, list[Seconds]] = {name: [] for name in kinds}
     for number in range(rounds + 1):
         for name, kind in kinds.items():
             seconds = kind(number)
@@ -178,13 +181,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         times = time_processes([QUICKSTART, *arguments.recipes], arguments.rounds, folder)
-        bare = statistics.median(next(iter(times.values())))
+        rows = {
+            name: [statistics.median(column) for column in zip(*measured, strict=True)]
+            for name, measured in times.items()
+        }
+        bare, bare_cpu = next(iter(rows.values()))
         print(
-            "| a fresh process, from its start to the end of | seconds | fastest | ÷ bare imports |\n|---|---:|---:|---:|"
+            "| a fresh process, from its start to the end of | seconds | ÷ bare imports | CPU seconds | ÷ bare imports |"
         )
-        for name, measured in times.items():
-            seconds = statistics.median(measured)
-            print(f"| {name} | {seconds:.2f} | {min(measured):.2f} | {seconds / bare:.2f} |")
+        print("|---|---:|---:|---:|---:|")
+        for name, (seconds, cpu) in rows.items():
+            print(f"| {name} | {seconds:.2f} | {seconds / bare:.2f} | {cpu:.2f} | {cpu / bare_cpu:.2f} |")
         print(flush=True)
         if arguments.rows:
             print_tokenisation(arguments, folder / "cache")

@@ -47,7 +47,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from dropout import machine
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForSequenceClassification,
@@ -240,49 +240,25 @@ def ours(run: Run, block: Block) -> Done:
     for step, _ in enumerate(block.batches, start=block.first_step):
         done = train.training_step(run, step)
         loss_sum = loss_sum + done.loss_sum
-        positions += done.positions
+        positions += done.work.positions
     synchronise()
     return Done(time.perf_counter() - started, positions)
 
 
-Call = Callable[[nn.Module], Tensor]  # hands a model what it was once given
-
-
-class Recorder(nn.Module):
-    """Notes what a model would be given, and answers with zeros."""
-
-    def __init__(self, num_labels: int) -> None:
-        super().__init__()
-        self.num_labels = num_labels
-        self.calls: list[Call] = []
-
-    def forward(self, inputs: Any, example_keys: Tensor, *more: Any, **named: Any) -> Tensor:
-        self.calls.append(lambda model: model(inputs, example_keys, *more, **named))
-        return torch.zeros(len(example_keys), self.num_labels, device=example_keys.device, requires_grad=True)
-
-
-def recorded(run: Run, step: int) -> list[tuple[Call, Tensor]]:
-    """Return what computes the logits of each micro-batch of a step, its tensors at hand, and the labels."""
-    split, device = run.inputs.splits["train"], run.accelerator.device
-    rows, divided = train.divided_rows(run, step)
-    recorder = Recorder(len(run.inputs.label_names))
-    train.add_gradients(replace(run, model=recorder), step, rows, divided[0])
-    labels = [torch.from_numpy(split.rows.labels[rows[part.indices]]).to(device) for part in divided[0]]
-    return list(zip(recorder.calls, labels, strict=True))
-
-
 def bare(run: Run, block: Block) -> Done:
     """Train the model of a run by nothing but torch."""
+    device = run.accelerator.device
     numbers = range(block.first_step, block.first_step + len(block.batches))
-    steps = [recorded(run, step) for step in numbers]
+    steps = [[part.on(device) for part in run.feed.work(step, run.max_tokens).micro_batches] for step in numbers]
     optimizer = getattr(run.optimizer, "optimizer", run.optimizer)
     parameters = list(run.model.parameters())
     synchronise()
     started = time.perf_counter()
     for micro_batches, rows in zip(steps, block.batches, strict=True):
-        for call, labels in micro_batches:
-            logits = call(run.model)
-            (nn.functional.cross_entropy(logits.float(), labels, reduction="sum") / len(rows)).backward()  # type: ignore[no-untyped-call]
+        for part in micro_batches:
+            logits = run.model(part.batch.inputs, part.example_keys, part.batch.packing)
+            loss = nn.functional.cross_entropy(logits.float(), part.labels, reduction="sum") / len(rows)
+            loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
         optimizer.step()
         run.scheduler.step()

@@ -114,12 +114,21 @@ def run_ranks(count: int, work: Callable[[Rank], None]) -> None:
         raise errors[0]
 
 
-def train_as(inputs: Inputs, folder: Path, count: int, max_tokens: int, *, stop_after: int | None = None) -> None:
+def train_as(
+    inputs: Inputs,
+    folder: Path,
+    count: int,
+    max_tokens: int,
+    *,
+    layout: str = "packed",
+    stop_after: int | None = None,
+) -> None:
     """Train as `count` processes, from the newest checkpoint in `folder` if there is one, to the end or to a step."""
 
     def work(rank: Rank) -> None:
         own = dataclasses.replace(inputs, model=copy.deepcopy(inputs.model))
-        run = prepare(rank, own, RunFolder(folder), max_tokens_per_device=max_tokens)  # type: ignore[arg-type]
+        run = prepare(rank, own, RunFolder(folder), layout=layout, max_tokens_per_device=max_tokens)  # type: ignore[arg-type]
+        assert run.packed is (layout == "packed")
         continue_run(run, None, (), keep_token_budget=False)
         with contextlib.suppress(Interrupted):
             fit(run, StopRequest(), stop_after)

@@ -8,49 +8,39 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from harness import FAMILIES, SIZES
+from harness import FAMILIES
 from hypothesis import given
 from hypothesis import strategies as st
+from keyed import (
+    DISENTANGLED,
+    MODULE,
+    MORE,
+    ROWS,
+    Mask,
+    batch,
+    build,
+    dropped,
+    gradients,
+    keys_of,
+    same,
+    step_of,
+    strays_of,
+    words,
+)
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
-from accel_trainer import dropout
-from accel_trainer.classifier import Classifier, strays
-from accel_trainer.dropout import LEVELS, DropoutKeys, KeyedDropout, Site, drop, example_keys, install, keyed_attention
+from accel_trainer.classifier import Classifier
+from accel_trainer.dropout import LEVELS, ForwardPass, KeyedDropout, Site, drop, example_keys, install
 from accel_trainer.errors import UserError
-from accel_trainer.model import DROPOUT_NAMES
 
-Mask = npt.NDArray[np.bool_]
 Numbers = npt.NDArray[np.float64]
-MODULE = "bert.encoder.layer.0.output.dropout"
-
-
-def keys_of(
-    rows: Sequence[int], *, seed: int = 42, step: int = 1000, module: str = MODULE, call: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Keys of examples at a site: that of the module's call number `call` in a forward pass."""
-    keys = DropoutKeys()
-    keys.begin(example_keys(np.asarray(rows, dtype=np.int64), seed=seed, step=step))
-    site = Site(keys, module)
-    for _ in range(call):
-        keys.at(site)
-    return keys.at(site)
-
-
-def dropped(shape: tuple[int, ...], p: float, rows: Sequence[int] = range(8), **place: Any) -> Mask:
-    """Which of the values are dropped: (rows, *shape)."""
-    ones = torch.ones(len(rows), *shape)
-    return drop(ones, p, keys_of(rows, **place)).numpy() == 0
-
-
 # ------------------------------------------------------------------------------------------------------------------------
 # What chance allows. Each assertion below fails for a mask of fair coins at most once in 10^5 repetitions, with all that it
 # compares, and there are some three hundred: of some three hundred fair hashes one may fail. The masks are fixed, so that
@@ -199,9 +189,9 @@ def test_nothing_is_dropped_at_0_and_everything_at_1() -> None:
     y.sum().backward()
     assert x.grad is not None
     assert not x.grad.any()
-    module = KeyedDropout(0.0, Site(DropoutKeys(), "d"))
+    module = KeyedDropout(0.0, Site(ForwardPass(), "d"))
     assert module(x) is x  # without keys even
-    assert KeyedDropout(0.5, Site(DropoutKeys(), "d")).eval()(x) is x
+    assert KeyedDropout(0.5, Site(ForwardPass(), "d")).eval()(x) is x
 
 
 # ------------------------------------------------------------------------------------------------------------------------
@@ -258,9 +248,9 @@ def test_what_belongs_to_no_example_has_a_mask_of_its_step() -> None:
     """The same whatever the micro-batch, another in each step and seed, and unrelated to the examples' own."""
 
     def of_step(rows: Sequence[int] = (3, 1, 4), **key: int) -> Mask:
-        keys = DropoutKeys(shared=frozenset([MODULE]))
-        keys.begin(example_keys(np.asarray(rows), **{"seed": 42, "step": 1000, **key}))
-        return drop(torch.ones(64, 512), 0.5, keys.at(Site(keys, MODULE))).numpy() == 0
+        forward_pass = ForwardPass(shared=frozenset([MODULE]))
+        forward_pass.begin(example_keys(np.asarray(rows), **{"seed": 42, "step": 1000, **key}))
+        return drop(torch.ones(64, 512), 0.5, forward_pass.at(Site(forward_pass, MODULE))).numpy() == 0
 
     assert np.array_equal(of_step(), of_step([9]))
     masks = [of_step(), *(of_step(step=step) for step in range(16)), *(of_step(seed=seed) for seed in range(16))]
@@ -522,21 +512,14 @@ def test_torch_seed_and_random_stream_are_not_touched() -> None:
 # Sites
 
 
-class Net(nn.Module):
-    """What `install` needs of a model."""
-
-    implementation = ""
-    config = SimpleNamespace(_attn_implementation="sdpa")
-
-    def set_attn_implementation(self, implementation: str) -> None:
-        self.implementation = implementation
+def installed(net: nn.Module) -> ForwardPass:
+    """The forward pass of a net whose dropouts are replaced."""
+    forward_pass = ForwardPass()
+    install(net, forward_pass)  # type: ignore[arg-type]
+    return forward_pass
 
 
-def words(step: int = 0, rows: Sequence[int] = (3, 1, 4)) -> Tensor:
-    return example_keys(np.asarray(rows), seed=42, step=step)
-
-
-class Shared(Net):
+class Shared(nn.Module):
     """One dropout object in three places of two modules, called in each."""
 
     def __init__(self) -> None:
@@ -552,51 +535,50 @@ class Shared(Net):
 
 def test_each_call_of_a_module_is_a_site_and_the_next_forward_pass_has_the_same() -> None:
     net, ones = Shared(), torch.ones(3, 40)
-    keys = install(net)  # type: ignore[arg-type]
-    assert net.implementation == dropout.ATTENTION
+    forward_pass = installed(net)
     assert not [m for m in net.modules() if isinstance(m, nn.Dropout) and not isinstance(m, KeyedDropout)]
-    keys.begin(words())
+    forward_pass.begin(words())
     once = net(ones)
     assert len({tuple(mask.flatten().tolist()) for mask in once}) == 3
     for call, mask in enumerate(once):
         assert np.array_equal(mask == 0, dropped((40,), 0.5, [3, 1, 4], step=0, module="first", call=call))
-    keys.end()
-    keys.begin(words())
+    forward_pass.end()
+    forward_pass.begin(words())
     assert all(torch.equal(a, b) for a, b in zip(once, net(ones), strict=True))
-    keys.begin(words(step=1))
+    forward_pass.begin(words(step=1))
     assert not any(torch.equal(a, b) for a, b in zip(once, net(ones), strict=True))
 
 
 def test_a_forward_pass_that_failed_leaves_nothing_behind() -> None:
     net, ones = Shared(), torch.ones(3, 40)
-    keys = install(net)  # type: ignore[arg-type]
-    keys.begin(words())
+    forward_pass = installed(net)
+    forward_pass.begin(words())
     once = net(ones)
-    keys.begin(words())
+    forward_pass.begin(words())
     net.first(ones)  # and never ended
-    keys.begin(words())
+    forward_pass.begin(words())
     assert all(torch.equal(a, b) for a, b in zip(once, net(ones), strict=True))
 
 
 def test_a_dropout_with_two_names_in_one_module_is_reached_under_both() -> None:
-    net = Net()
+    net = nn.Module()
     net.one = net.two = nn.Dropout(0.5)
-    install(net)  # type: ignore[arg-type]
+    installed(net)
     assert isinstance(net.one, KeyedDropout)
     assert isinstance(net.two, KeyedDropout)
 
 
 def test_probability_and_mode_are_kept_and_installing_again_changes_nothing() -> None:
-    net = Net()
+    net = nn.Module()
     net.d = nn.Dropout(0.3)
     net.e = nn.Sequential(nn.Dropout(0.7)).eval()
-    keys = install(net)  # type: ignore[arg-type]
+    forward_pass = installed(net)
     assert net.d.p == 0.3
     assert net.e[0].p == 0.7
     ones = torch.ones(3, 40)
-    keys.begin(words())
+    forward_pass.begin(words())
     once = net.train().d(ones)
-    again = install(net)  # type: ignore[arg-type]
+    again = installed(net)
     again.begin(words())
     assert torch.equal(once, net.train().d(ones))
     assert not net.eval().d(ones).eq(0).any()
@@ -604,17 +586,17 @@ def test_probability_and_mode_are_kept_and_installing_again_changes_nothing() ->
 
 def test_training_without_keys_is_a_mistake_of_ours() -> None:
     net = Shared()
-    keys = install(net)  # type: ignore[arg-type]
+    forward_pass = installed(net)
     with pytest.raises(AssertionError, match="needs the keys"):
         net.train()(torch.ones(3, 4))
-    keys.begin(words())
+    forward_pass.begin(words())
     net(torch.ones(3, 4))
-    keys.begin(None)
+    forward_pass.begin(None)
     with pytest.raises(AssertionError, match="needs the keys"):
         net(torch.ones(3, 4))
 
 
-class Layered(Net):
+class Layered(nn.Module):
     """Two layers with dropout, each computed again in the backward pass if asked; the second may be the first again."""
 
     def __init__(self, *, recompute: bool, shared: bool = False) -> None:
@@ -630,25 +612,15 @@ class Layered(Net):
         return x
 
 
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return found
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and bool(one) and all(torch.equal(one[name], other[name]) for name in one)
-
-
 def test_recomputed_layers_drop_what_they_dropped() -> None:
     found = []
     for recompute in (False, True):
         net = Layered(recompute=recompute)
-        keys = install(net)  # type: ignore[arg-type]
+        forward_pass = installed(net)
         for step in range(3):  # micro-batches: a replay must not count as a call of the next
-            keys.begin(words(step))
+            forward_pass.begin(words(step))
             y = net(torch.arange(24.0).reshape(3, 8) / 24)
-            keys.end()
+            forward_pass.end()
             y.square().sum().backward()
         found.append(gradients(net))
     assert same(*found)
@@ -656,221 +628,24 @@ def test_recomputed_layers_drop_what_they_dropped() -> None:
 
 def test_a_shared_layer_cannot_be_recomputed_and_says_so() -> None:
     net = Layered(recompute=True, shared=True)
-    keys = install(net)  # type: ignore[arg-type]
-    keys.begin(words())
+    forward_pass = installed(net)
+    forward_pass.begin(words())
     y = net(torch.ones(3, 8))
-    keys.end()
+    forward_pass.end()
     with pytest.raises(
         UserError, match=r"layers\.0\.\d is used 2 times .* without gradient \(or activation\) checkpointing"
     ):
         y.sum().backward()
     plain = Layered(recompute=False, shared=True)
-    keys = install(plain)  # type: ignore[arg-type]
-    keys.begin(words())
+    forward_pass = installed(plain)
+    forward_pass.begin(words())
     y = plain(torch.ones(3, 8))
-    keys.end()
+    forward_pass.end()
     y.sum().backward()
 
 
 # ------------------------------------------------------------------------------------------------------------------------
-# Attention
-
-
-class Attends(nn.Module):
-    """An attention module as far as transformers' interface knows it."""
-
-    is_causal = False
-
-    def __init__(self, rows: Sequence[int] = (3, 1, 4), name: str = "attention") -> None:
-        super().__init__()
-        keys = DropoutKeys()
-        keys.begin(words(rows=rows))
-        self.dropout_site = Site(keys, name)
-
-
-def draw_attention(b: int = 3, h: int = 2, q: int = 5, k: int = 5, d: int = 4) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(b, h, q, d), (b, h, k, d), (b, h, k, d)]
-    return [torch.randn(*shape, dtype=torch.float64, generator=generator, requires_grad=True) for shape in shapes]
-
-
-def by_hand(parts: Sequence[Tensor], visible: Tensor, p: float, scaling: float) -> Tensor:
-    """Attention as its definition says, one query at a time: (b, q, h, d)."""
-    query, key, value = parts
-    b, h, q, d = query.shape
-    k = key.shape[2]
-    drops = torch.from_numpy(dropped((h, q, k), p, [3, 1, 4], step=0, module="attention"))
-    kept = (~drops).double() * (65536 / (65536 - round(p * 65536)))
-    results = []
-    for i, j, n in itertools.product(range(b), range(q), range(h)):
-        seen = visible[i, j].nonzero()[:, 0]
-        weights = (key[i, n, seen] @ query[i, n, j] * scaling).exp()
-        results.append((weights / weights.sum() * kept[i, n, j, seen]) @ value[i, n, seen])
-    return torch.stack(results).reshape(b, q, h, d)
-
-
-LENGTHS_OF_KEYS = torch.tensor([5, 2, 4])
-PADDED = (torch.arange(5) < LENGTHS_OF_KEYS[:, None])[:, None, None]  # (3, 1, 1, 5)
-NEAR = (torch.arange(5)[:, None] - torch.arange(5)).abs() <= 1
-
-
-@pytest.mark.parametrize("p", [0.1, 0.5])
-@pytest.mark.parametrize("scaling", [None, 0.3])
-@pytest.mark.parametrize("case", ["all", "padded", "padded by query", "window", "causal", "causal by argument"])
-def test_attention_is_softmax_times_mask(case: str, scaling: float | None, p: float) -> None:
-    module, parts = Attends(), draw_attention()
-    arguments: dict[str, Any] = {}
-    mask: Tensor | None = None
-    visible = torch.ones(3, 5, 5, dtype=torch.bool)
-    if case.startswith("padded"):
-        mask = PADDED if case == "padded" else PADDED.expand(3, 1, 5, 5)
-        visible = PADDED.expand(3, 1, 5, 5)[:, 0]
-    elif case == "window":
-        mask = NEAR[None, None]
-        visible = NEAR.expand(3, 5, 5)
-    elif case.startswith("causal"):
-        visible = torch.ones(5, 5, dtype=torch.bool).tril().expand(3, 5, 5)
-        module.is_causal = case == "causal"
-        arguments = {} if case == "causal" else {"is_causal": True}
-    output, weights = keyed_attention(module, *parts, mask, dropout=p, scaling=scaling, **arguments)
-    assert weights is None
-    assert output.is_contiguous()
-    expected = by_hand(parts, visible, p, 0.5 if scaling is None else scaling)
-    torch.testing.assert_close(output, expected, rtol=0, atol=1e-14)
-    above = torch.randn(output.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    ours = torch.autograd.grad(output, parts, above)
-    theirs = torch.autograd.grad(expected, parts, above)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-14)
-
-
-def test_without_dropout_or_in_evaluation_attention_is_the_fused_one() -> None:
-    parts = draw_attention()
-    plain = nn.functional.scaled_dot_product_attention(*parts, attn_mask=PADDED).transpose(1, 2)
-    module = Attends()
-    for training, p in ((True, 0.0), (False, 0.5)):
-        output, _ = keyed_attention(module.train(training), *parts, PADDED, dropout=p)
-        assert torch.equal(output, plain)
-    dropping, _ = keyed_attention(module.train(), *parts, PADDED, dropout=1e-4)
-    assert not torch.equal(dropping, plain)
-    # And what the explicit path computes is that, but for the mask: with one that keeps nearly all, nearly the same.
-    torch.testing.assert_close(dropping, plain, rtol=0, atol=1e-3)
-
-
-def test_a_query_that_sees_no_key_gives_numbers() -> None:
-    """As a padded token does that stands farther from any real one than ModernBERT's window reaches."""
-    visible = NEAR & (torch.arange(5) < 2)  # queries 3 and 4 see nothing
-    assert (visible.sum(-1) == 0).tolist() == [False, False, False, True, True]
-    parts = draw_attention()
-    output, _ = keyed_attention(Attends(), *parts, visible[None, None], dropout=0.5)
-    assert output.isfinite().all()
-    gradient = torch.autograd.grad(output.sum(), parts)
-    assert all(part.isfinite().all() for part in gradient)
-    seen, _ = keyed_attention(Attends(), *parts, visible[None, None], dropout=0.5)
-    expected = by_hand([parts[0][:, :, :3], *parts[1:]], visible[:3].expand(3, 3, 5), 0.5, 0.5)
-    torch.testing.assert_close(seen[:, :3], expected, rtol=0, atol=1e-14)
-
-
-def test_a_query_that_sees_no_key_gives_numbers_in_float16_too() -> None:
-    query, key, value = (part.detach().half() for part in draw_attention())
-    key = -key.abs() - 1
-    query = torch.full_like(query, 6.0)  # scores near -21
-    output, _ = keyed_attention(Attends(), query, key, value, torch.zeros(1, 1, 5, 5, dtype=torch.bool), dropout=0.5)
-    assert output.isfinite().all()
-
-
-def test_a_mask_may_be_numbers_to_add() -> None:
-    parts = draw_attention()
-    numbers = torch.zeros(PADDED.shape, dtype=torch.float64).masked_fill(~PADDED, -math.inf)
-    truths, added = (keyed_attention(Attends(), *parts, mask, dropout=0.5)[0] for mask in (PADDED, numbers))
-    assert torch.equal(truths, added)
-    bias = torch.randn(3, 2, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    plain = nn.functional.scaled_dot_product_attention(*parts, attn_mask=bias).transpose(1, 2)
-    nearly, _ = keyed_attention(Attends(), *parts, bias, dropout=1e-5)  # one level: none of these 150 weights falls
-    torch.testing.assert_close(nearly, plain * (65536 / 65535), rtol=0, atol=1e-14)
-
-
-def test_what_is_masked_has_no_weight_at_all() -> None:
-    parts = draw_attention()
-    changed = [part.detach().clone() for part in parts]
-    for part in changed[1:]:
-        part[1, :, 2:] = 1e6  # padding of the second example
-    outputs = [keyed_attention(Attends(), *some, PADDED, dropout=0.5)[0] for some in (parts, changed)]
-    assert torch.equal(*outputs)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_narrow_types_are_normalized_in_float32(dtype: torch.dtype) -> None:
-    parts = [part.detach().to(dtype) for part in draw_attention(k=5)]
-    output, _ = keyed_attention(Attends(), *parts, PADDED, dropout=0.5)
-    assert output.dtype == dtype
-    wide, _ = keyed_attention(Attends(), *[part.double() for part in parts], PADDED, dropout=0.5)
-    torch.testing.assert_close(output.double(), wide, rtol=8 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
-
-
-@pytest.mark.parametrize("bend", ["softcap", "position_bias"])
-def test_scores_that_are_bent_are_refused(bend: str) -> None:
-    with pytest.raises(UserError, match=r"model\.attention_dropout: .* set the key to 0\.0"):
-        keyed_attention(Attends(), *draw_attention(), None, dropout=0.5, **{bend: torch.ones(1)})
-
-
-def test_grouped_queries_share_their_keys() -> None:
-    query = draw_attention(h=4)[0]
-    key, value = draw_attention(h=2)[1:]
-    module = Attends()
-    module.num_key_value_groups = 2  # type: ignore[assignment]
-    output, _ = keyed_attention(module, query, key, value, None, dropout=0.5)
-    repeated = [part.repeat_interleave(2, 1) for part in (key, value)]
-    assert torch.equal(output, keyed_attention(Attends(), query, *repeated, None, dropout=0.5)[0])
-
-
-# ------------------------------------------------------------------------------------------------------------------------
 # Models
-
-# Families beyond those of the recipes: with attention of their own, and one that looks back only.
-MORE: dict[str, dict[str, Any]] = {
-    "mpnet": {**SIZES, "max_position_embeddings": 34},
-    "deberta-v2": {**SIZES, "max_position_embeddings": 32},
-    "roformer": {**SIZES, "max_position_embeddings": 32},
-    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "summary_first_dropout": 0.1},
-}
-# As published: disentangled attention, whose position embeddings are dropped out of once for the whole micro-batch.
-DISENTANGLED = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "max_position_embeddings": 32}
-LENGTHS = (5, 16, 12, 3)
-ROWS = (7, 100, 3, 51)
-
-
-def build(family: str, hidden: float = 0.1, attention: float = 0.1, **more: Any) -> PreTrainedModel:
-    """A tiny classifier in float64, with the same weights each time."""
-    sizes = {**FAMILIES, **MORE}.get(family, SIZES)
-    config = AutoConfig.for_model(family, vocab_size=50, num_labels=3, pad_token_id=0, **{**sizes, **more})
-    for field, p in (("hidden_dropout", hidden), ("attention_dropout", attention), ("classifier_dropout", hidden)):
-        for name in DROPOUT_NAMES[field]:
-            if hasattr(config, name):
-                setattr(config, name, p)
-    torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
-    return model.double()
-
-
-def batch(examples: Sequence[int]) -> dict[str, Tensor]:
-    """Some of the four examples, padded to the longest of them."""
-    generator = np.random.default_rng(0)
-    tokens = [generator.integers(5, 50, length).tolist() for length in LENGTHS]
-    longest = max(LENGTHS[i] for i in examples)
-    padding = {i: [0] * (longest - LENGTHS[i]) for i in examples}
-    return {
-        "input_ids": torch.tensor([tokens[i] + padding[i] for i in examples]),
-        "attention_mask": torch.tensor([[1] * LENGTHS[i] + padding[i] for i in examples]),
-    }
-
-
-def step_of(classifier: Classifier, examples: Sequence[int], **key: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits and gradients of a micro-batch in training."""
-    keys = example_keys(np.asarray([ROWS[i] for i in examples]), **{"seed": 1, "step": 5, **key})
-    logits = classifier.train()(batch(examples), keys)
-    # Of another weight in each example.
-    (logits * torch.tensor([[0.5], [1.0], [-1.0], [2.0]], dtype=logits.dtype)[list(examples)]).square().sum().backward()
-    return logits.detach(), gradients(classifier)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *MORE])
@@ -896,8 +671,8 @@ def test_a_padded_micro_batch_is_its_examples_one_by_one(family: str) -> None:
 @pytest.mark.parametrize("family", ["deberta-v2", "deberta"])
 def test_disentangled_attention_too(family: str, group: tuple[int, ...]) -> None:
     classifier = Classifier(build(family, **DISENTANGLED))
-    assert strays(classifier, batch(range(3))) < 1e-12  # learns that the table of positions belongs to no example
-    assert classifier.dropout_keys.shared
+    assert strays_of(classifier, batch(range(3))) < 1e-12  # learns that the table of positions belongs to no example
+    assert classifier.forward_pass.shared
     logits = torch.cat([step_of(classifier, [i])[0] for i in group])
     together = step_of(classifier, group)[0]
     torch.testing.assert_close(together, logits, rtol=0, atol=1e-12)
@@ -931,50 +706,6 @@ def test_evaluation_is_that_of_the_stock_model(family: str) -> None:
         torch.testing.assert_close(ours(batch(range(4))), stock(**batch(range(4))).logits, rtol=0, atol=1e-6)
 
 
-def test_attention_that_bends_its_scores_is_left_as_it_is() -> None:
-    """Gemma 2 caps them, which torch's fused attention cannot: its own stays, and is found to draw."""
-    sizes = {**SIZES, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 32}
-    stock, ours = build("gemma2", **sizes), Classifier(build("gemma2", **sizes))
-    assert ours.model.config._attn_implementation == stock.config._attn_implementation == "eager"
-    with torch.no_grad():
-        assert torch.equal(ours.eval()(batch(range(4))), stock.eval()(**batch(range(4))).logits)
-    assert strays(ours, batch(range(4))) == math.inf
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_attention_and_hidden_states_have_dropout_each(family: str) -> None:
-    evaluated = Classifier(build(family)).eval()(batch(range(4)))
-    for hidden, attention in ((0.1, 0.0), (0.0, 0.1)):
-        classifier = Classifier(build(family, hidden, attention))
-        assert (step_of(classifier, range(4))[0] - evaluated).abs().amin() > 1e-9
-    classifier = Classifier(build(family, 0.0, 0.0))
-    torch.testing.assert_close(step_of(classifier, range(4))[0], evaluated, rtol=0, atol=1e-12)
-
-
-def test_attention_in_a_model_is_its_eager_one_with_our_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Transformers' own explicit attention, with our masks in the place of torch's."""
-    classifier, stock = Classifier(build("bert", hidden=0.0)), build("bert", hidden=0.0).train()
-    logits, found = step_of(classifier, range(4))
-    stock.set_attn_implementation("eager")
-    layers = iter(range(2))
-    torch_dropout = nn.functional.dropout
-
-    def keyed(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        if x.dim() != 4:
-            return torch_dropout(x, p, training, inplace)
-        assert p == 0.1
-        module = f"bert.encoder.layer.{next(layers)}.attention.self"
-        return drop(x, p, keys_of(ROWS, seed=1, step=5, module=module))
-
-    monkeypatch.setattr(nn.functional, "dropout", keyed)
-    expected = stock(**batch(range(4))).logits
-    assert next(layers, None) is None
-    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-12)
-    (expected * torch.tensor([[0.5], [1.0], [-1.0], [2.0]])).square().sum().backward()
-    for name, gradient in gradients(stock).items():
-        torch.testing.assert_close(found[f"model.{name}"], gradient, rtol=0, atol=1e-12)
-
-
 @pytest.mark.parametrize("family", ["bert", "distilbert", "roberta", "xlm-roberta", "electra", "modernbert", *MORE])
 def test_gradient_checkpointing_of_transformers_changes_no_bit(family: str) -> None:
     model = build(family)
@@ -994,14 +725,14 @@ def test_gradient_checkpointing_of_transformers_changes_no_bit(family: str) -> N
 @contextlib.contextmanager
 def counted_replays(count: list[int]) -> Iterator[None]:
     """Count the masks that are computed after the forward pass."""
-    at = DropoutKeys.at
+    at = ForwardPass.at
 
-    def counting(keys: DropoutKeys, site: Site) -> tuple[Tensor, Tensor]:
-        count[0] += keys.replaying
-        return at(keys, site)
+    def counting(forward_pass: ForwardPass, site: Site) -> tuple[Tensor, Tensor]:
+        count[0] += forward_pass.replaying
+        return at(forward_pass, site)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DropoutKeys, "at", counting)
+        patch.setattr(ForwardPass, "at", counting)
         yield
 
 

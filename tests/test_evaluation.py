@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,10 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from accel_trainer.batching import divide_split
 from accel_trainer.classifier import Classifier
 from accel_trainer.evaluation import predict_logits
+from accel_trainer.packing import Packing
 from accel_trainer.tokenization import Tokens
 
+layouts = pytest.mark.parametrize("packed", [True, False])
 LENGTHS = [5, 3, 9, 3, 16, 4, 7, 7, 12, 3, 6]
 
 
@@ -45,42 +48,57 @@ class Recorder(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[int, int]] = []
+        self.calls: list[tuple[int, int]] = []  # examples, and places computed for them
         self.modes: list[bool] = []
 
-    def forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        self.calls.append(tuple(inputs["input_ids"].shape))
+    def forward(self, inputs: dict[str, torch.Tensor], packing: Packing | None = None) -> torch.Tensor:
+        ids = inputs["input_ids"]
+        if packing is None:
+            first, lengths = ids[:, 0], inputs["attention_mask"].sum(-1)
+        else:
+            first, lengths = ids[0, packing.starts], packing.bounds.diff()
+        self.calls.append((len(first), ids.numel()))
         self.modes.append(self.training)
-        return torch.stack([inputs["input_ids"][:, 0], inputs["attention_mask"].sum(-1)], dim=1).double()
+        return torch.stack([first, lengths], dim=1).double()
 
 
 def expected_of(tokens: Tokens) -> np.ndarray:
     return np.asarray([[row[0], len(row)] for row in tokens.columns["input_ids"]], dtype=np.float32)
 
 
+@layouts
 @pytest.mark.parametrize("max_tokens", [1, 7, 16, 33, 60, 10_000])
-def test_equals_a_plain_forward(model: Any, tokens: Tokens, plain: np.ndarray, max_tokens: int, tmp_path: Any) -> None:
+def test_equals_a_plain_forward(
+    model: Any, tokens: Tokens, plain: np.ndarray, max_tokens: int, packed: bool, tmp_path: Any
+) -> None:
     with alone_on_the_cpu(tmp_path):
-        logits = predict_logits(Accelerator(cpu=True), Classifier(model), tokens, max_tokens)
+        classifier = Classifier(copy.deepcopy(model))
+        logits = predict_logits(Accelerator(cpu=True), classifier, tokens, max_tokens, packed=packed)
     assert logits.dtype == np.float32
     np.testing.assert_allclose(logits, plain, rtol=0, atol=1e-6)
 
 
+@layouts
 @pytest.mark.parametrize("max_tokens", [1, 16, 40, 10_000])
-def test_budget_is_kept(tokens: Tokens, max_tokens: int) -> None:
+def test_budget_is_kept(tokens: Tokens, max_tokens: int, packed: bool) -> None:
     recorder = Recorder()
-    predict_logits(OneOfMany(0, 1), recorder, tokens, max_tokens)  # type: ignore[arg-type]
-    assert all(rows * longest <= max_tokens or rows == 1 for rows, longest in recorder.calls)
+    predict_logits(OneOfMany(0, 1), recorder, tokens, max_tokens, packed=packed)  # type: ignore[arg-type]
+    assert all(places <= max_tokens or rows == 1 for rows, places in recorder.calls)
+    padding = sum(places for _, places in recorder.calls) - sum(LENGTHS)
+    assert padding == 0 if packed or max_tokens == 1 else padding > 0
     assert sum(rows for rows, _ in recorder.calls) == len(LENGTHS)
 
 
+@layouts
 @pytest.mark.parametrize("count", [2, 3, 5, 15])
 @pytest.mark.parametrize("max_tokens", [1, 20, 10_000])
-def test_many_processes_give_every_row_once_and_in_order(tokens: Tokens, count: int, max_tokens: int) -> None:
+def test_many_processes_give_every_row_once_and_in_order(
+    tokens: Tokens, count: int, max_tokens: int, packed: bool
+) -> None:
     sent, calls, shapes = [], [], []
     for index in range(count):
         process, recorder = OneOfMany(index, count), Recorder()
-        predict_logits(process, recorder, tokens, max_tokens)  # type: ignore[arg-type]
+        predict_logits(process, recorder, tokens, max_tokens, packed=packed)  # type: ignore[arg-type]
         assert len(process.sent) == 1
         sent.append(process.sent[0])
         calls.append(len(recorder.calls))
@@ -90,25 +108,30 @@ def test_many_processes_give_every_row_once_and_in_order(tokens: Tokens, count: 
     gathered = torch.cat(sent)
     for index in range(count):
         process = OneOfMany(index, count, gathered)
-        logits = predict_logits(process, Recorder(), tokens, max_tokens)  # type: ignore[arg-type]
+        logits = predict_logits(process, Recorder(), tokens, max_tokens, packed=packed)  # type: ignore[arg-type]
         np.testing.assert_array_equal(logits, expected_of(tokens))
-    fillers = sum(not m.weight for part in divide_split(tokens.lengths, count, max_tokens) for m in part)
+    division = divide_split(tokens.costs(packed=packed), count, max_tokens, packed=packed)
+    fillers = sum(not m.weight for part in division for m in part)
     assert fillers or (count, max_tokens) != (15, 10_000)  # the case with idle processes is among them
 
 
+@layouts
 @pytest.mark.parametrize("training", [True, False])
-def test_mode_is_left_as_it_was(tokens: Tokens, training: bool) -> None:
+def test_mode_is_left_as_it_was(tokens: Tokens, training: bool, packed: bool) -> None:
     recorder = Recorder().train(training)
-    predict_logits(OneOfMany(0, 1), recorder, tokens, 20)  # type: ignore[arg-type]
+    predict_logits(OneOfMany(0, 1), recorder, tokens, 20, packed=packed)  # type: ignore[arg-type]
     assert recorder.training is training
     assert not any(recorder.modes)
 
 
-def test_no_graph_is_kept(model: Any, tokens: Tokens, tmp_path: Any) -> None:
+@layouts
+def test_no_graph_is_kept(model: Any, tokens: Tokens, packed: bool, tmp_path: Any) -> None:
+    classifier = Classifier(copy.deepcopy(model))
     with alone_on_the_cpu(tmp_path):
-        predict_logits(Accelerator(cpu=True), Classifier(model), tokens, 100)
-    assert all(parameter.grad is None for parameter in model.parameters())
-    model.eval()(
-        **tokens.inputs(np.asarray([0]))
-    ).logits.sum().backward()  # inference mode did not stick to the weights
-    model.zero_grad()
+        predict_logits(Accelerator(cpu=True), classifier, tokens, 100, packed=packed)
+    assert all(parameter.grad is None for parameter in classifier.parameters())
+    batch = tokens.batch(np.asarray([0, 4]), packed=packed)
+    classifier.eval()(
+        batch.inputs, packing=batch.packing
+    ).sum().backward()  # inference mode did not stick to the weights
+    assert classifier.model.classifier.weight.grad is not None

@@ -30,9 +30,10 @@ SAME = dict.fromkeys(TOLERANCE, 0.0)
 def test_every_way_is_compared() -> None:
     ways = layouts([1, 2, 4], 5, gpu=False)
     assert ways[0].legs == (Leg(1, 5),)
-    assert len({way.name for way in ways}) == len(ways) == 10
+    assert len({way.name for way in ways}) == len(ways) == 13
     for count in (1, 2, 4):
-        assert {way.max_tokens for way in ways if way.legs == (Leg(count, 5),)} == {1, 4096}
+        in_one_go = {(way.max_tokens, way.layout) for way in ways if way.legs == (Leg(count, 5),)}
+        assert in_one_go == {(4096, "auto"), (1, "auto"), (4096, "padded")}
     for count in (2, 4):
         assert {way.legs for way in ways if len(way.legs) == 2 and Leg(count, 2) in way.legs} == {
             (Leg(count, 2), Leg(1, 5))
@@ -41,7 +42,7 @@ def test_every_way_is_compared() -> None:
             (Leg(1, 2), Leg(count, 5))
         }
     assert all(way.legs[-1].until == 5 for way in ways)
-    assert [way.legs for way in layouts([1], 2, gpu=False)][2:] == [(Leg(1, 1), Leg(1, 2))]
+    assert [way.legs for way in layouts([1], 2, gpu=False)][3:] == [(Leg(1, 1), Leg(1, 2))]
     assert all(len(way.legs) == 1 for way in layouts([2], 1, gpu=False))  # one step cannot be interrupted
     assert [way.legs[-1] for way in layouts([1], 3, gpu=True)][-2:] == [Leg(1, 3, "cuda")] * 2
 
@@ -164,7 +165,8 @@ def test_a_recipe_is_proved(tmp_path: Path) -> None:
     assert proof.code == 0, proof.err
     assert proof.out.splitlines()[-1] == "the same training"
     found = proof.json("proof.json")
-    assert len(found["layouts"]) == 5
+    assert len(found["layouts"]) == 7
+    assert [layout["layout"] for layout in found["layouts"]].count("padded") == 2
     assert found["reference"]["loss"][0] != found["reference"]["loss"][1]
     for layout in found["layouts"]:
         assert 0 <= layout["loss"] <= 2e-6

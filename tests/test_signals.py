@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from harness import OneOfMany
+from simulated import Rank, run_ranks
 
 from accel_trainer import signals
 from accel_trainer.errors import Interrupted
@@ -135,18 +138,18 @@ def test_handlers_are_given_back() -> None:
 
 
 class Together:
-    """Two processes, of which the other one was asked, or not."""
+    """Two processes, of which the other one was asked, or not; its steps take as long, or some given seconds."""
 
     num_processes = 2
     device = torch.device("cpu")
 
-    def __init__(self, others: float) -> None:
-        self.others, self.calls = others, 0
+    def __init__(self, others: float = 0.0, seconds: float | None = None) -> None:
+        self.others, self.seconds, self.calls = others, seconds, 0
 
     def reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor:
         assert reduction == "sum"
         self.calls += 1
-        return tensor + self.others
+        return tensor + torch.tensor([self.others, tensor[1] if self.seconds is None else self.seconds])
 
 
 @pytest.mark.parametrize(("mine", "others"), [(False, 0), (True, 0), (False, 1), (True, 1)])
@@ -158,3 +161,102 @@ def test_one_request_stops_all(mine: bool, others: float) -> None:
         assert stop.agreed(group) == (mine or bool(others))
         raise Interrupted("honoured")
     assert group.calls == 1  # asked or not, everyone takes part
+
+
+def agreements(clock: Time, group: Any, seconds: list[float]) -> list[int]:
+    """The steps, counted from 1, after which several processes agree, if steps take these seconds."""
+    found = []
+    with StopRequest() as stop:
+        for step, duration in enumerate(seconds, start=1):
+            clock.now += duration
+            before = group.calls
+            assert not stop.agreed(group)
+            if group.calls > before:
+                found.append(step)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("seconds", "steps"),
+    [
+        (30.0, 1),
+        (1.0, 1),
+        (0.25, 4),
+        (0.125, 8),
+        (0.011, 90),
+        (0.0, 100),  # a clock that stands still
+        (1e-5, 100),
+    ],
+)
+def test_several_processes_agree_after_the_first_step_and_then_once_a_second(
+    clock: Time, seconds: float, steps: int
+) -> None:
+    """And a hundred steps apart at most."""
+    assert agreements(clock, Together(), [seconds] * 400) == list(range(1, 401, steps))
+
+
+def test_one_process_alone_knows_at_every_step(clock: Time) -> None:
+    with pytest.raises(Interrupted, match="honoured"), StopRequest() as stop:
+        for _ in range(5):
+            assert not stop.agreed(ALONE)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.agreed(ALONE)
+        raise Interrupted("honoured")
+
+
+def test_the_interval_follows_the_pace(clock: Time) -> None:
+    """A first step that compiles, fast ones, and slow ones: what was measured since the last time counts."""
+    found = agreements(clock, Together(), [20.0] + [0.125] * 17 + [0.5] * 12)
+    # At 20 s a step: after every one. At 8 a second: every 8. Those between 10 and 18 were fast; then they are slow.
+    assert found == [1, 2, 10, 18, 26, 28, 30]
+
+
+@pytest.mark.parametrize(("own", "steps"), [(0.03125, 8), (0.28125, 4), (3.0, 1)])
+def test_the_interval_is_that_of_the_mean_pace_of_all(clock: Time, own: float, steps: int) -> None:
+    """Each process measures its own seconds; what all of them make of these is one number, never their own."""
+    assert agreements(clock, Together(seconds=0.21875), [own] * 50) == list(range(1, 51, steps))
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_clocks_that_differ_make_no_process_agree_alone(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Who takes part in a collective step that others do not would wait for ever."""
+    times = threading.local()
+
+    class Uneven:
+        """Each process's own clock: of another pace, which changes as it runs."""
+
+        @staticmethod
+        def monotonic() -> float:
+            return getattr(times, "now", 0.0)
+
+    monkeypatch.setattr(signals, "time", Uneven)
+    taken: list[list[int]] = [[] for _ in range(count)]
+    told: list[list[int]] = [[] for _ in range(count)]
+
+    def work(rank: Rank) -> None:
+        draw = np.random.default_rng(rank.process_index)
+        stop = StopRequest()
+        reduce = rank.reduce
+
+        def counted(tensor: torch.Tensor, reduction: str) -> torch.Tensor:
+            taken[rank.process_index].append(step)
+            return reduce(tensor, reduction)
+
+        rank.reduce = counted  # type: ignore[method-assign]
+        for step in range(1, 501):
+            times.now = getattr(times, "now", 0.0) + draw.exponential(10.0 ** -(step // 100))
+            if step == 330 and rank.process_index == count - 1:
+                stop._note(signal.SIGTERM, None)
+            if stop.agreed(rank):  # type: ignore[arg-type]
+                told[rank.process_index].append(step)
+                break
+
+    run_ranks(count, work)
+    assert all(steps == taken[0] for steps in taken)
+    assert all(steps == told[0] for steps in told)
+    assert taken[0][0] == 1
+    assert np.diff(taken[0]).min() == 1
+    assert 1 < np.diff(taken[0]).max() <= 100
+    (stopped,) = told[0]
+    assert taken[0][-1] == stopped
+    assert 330 <= stopped < 430

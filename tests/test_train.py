@@ -339,12 +339,14 @@ def test_the_same_run_twice_is_the_same(place: Path, whole: Outcome) -> None:
     assert other.losses != whole.losses
 
 
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("processes", [1, 2, 3])
 @pytest.mark.parametrize(("step", "max_tokens"), [(0, 30), (0, 10_000), (7, 10_000), (7, 1)])
 def test_averaged_gradients_are_those_of_the_global_batch(
-    place: Path, processes: int, step: int, max_tokens: int
+    place: Path, processes: int, step: int, max_tokens: int, packed: bool
 ) -> None:
     """What DDP's average over `processes` makes of the shares, fillers among them, is one gradient of the whole batch."""
+    from accel_trainer.feed import Feed
     from accel_trainer.train import training_step
 
     # 58 examples: the last batch, step 7, has two, so that of three processes one has nothing but a filler.
@@ -383,14 +385,15 @@ def test_averaged_gradients_are_those_of_the_global_batch(
             model=classifier,
             optimizer=optimizer,
             scheduler=scheduler,
+            feed=Feed(split, resolved.training, processes, index, packed, pinned=False),
             max_tokens=max_tokens,
         )
         done = training_step(run, step)
         assert len(updates) == 1
         assert scheduler.get_last_lr() == [9.0]
         assert done.learning_rate == 10.0
-        assert done.examples == len(rows)
-        assert done.tokens == int(split.tokens.lengths[rows].sum())
+        assert done.work.examples == len(rows)
+        assert done.work.tokens == int(split.tokens.lengths[rows].sum())
         assert accelerator.synchronised == [False] * (len(accelerator.synchronised) - 1) + [True]
         losses.append(float(done.loss_sum))
         passes.append(len(accelerator.synchronised))

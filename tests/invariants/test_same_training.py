@@ -1,4 +1,4 @@
-"""The one promise: processes, micro-batches and interruptions change a run by rounding, and by nothing else.
+"""The one promise: processes, micro-batches, padding and interruptions change a run by rounding, and by nothing else.
 
 Dropout is on, everywhere a BERT has it, labels are smoothed, gradients clipped, and the last batch of each epoch is
 ragged. Ranks are threads (`simulated.py`); `tests/distributed` does the same with real processes.
@@ -27,7 +27,12 @@ STEPS = 50
 LONGEST = 16
 MICRO_BATCHES = {"1": 1, "4": 4 * LONGEST, "all": 10_000}  # examples → tokens
 PROCESSES = (1, 2, 4)
-LAYOUTS = list(itertools.product(PROCESSES, MICRO_BATCHES))
+# Examples packed or padded in turn, and after the interruption the other way.
+LAYOUTS = [
+    (processes, micro_batch, ("packed", "padded")[i % 2])
+    for i, (processes, micro_batch) in enumerate(itertools.product(PROCESSES, MICRO_BATCHES))
+]
+OTHER = {"packed": "padded", "padded": "packed"}
 # Largest relative difference of any step's loss.
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
 
@@ -78,7 +83,7 @@ def steps_of(folder: Path) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def reference(inputs: Inputs, place: Path) -> dict[str, np.ndarray]:
     folder = place / f"reference-{inputs.model.dtype}"
-    train_as(inputs, folder, 1, MICRO_BATCHES["all"])
+    train_as(inputs, folder, 1, MICRO_BATCHES["all"], layout="padded")
     return steps_of(folder)
 
 
@@ -89,23 +94,25 @@ def check(found: dict[str, np.ndarray], reference: dict[str, np.ndarray], tolera
     np.testing.assert_array_equal(found["tokens"], reference["tokens"])
 
 
-@pytest.mark.parametrize(("processes", "micro_batch"), LAYOUTS)
+@pytest.mark.parametrize(("processes", "micro_batch", "layout"), LAYOUTS)
 def test_any_layout_resumed_on_any_other(
-    inputs: Inputs, reference: dict[str, np.ndarray], tmp_path: Path, processes: int, micro_batch: str
+    inputs: Inputs, reference: dict[str, np.ndarray], tmp_path: Path, processes: int, micro_batch: str, layout: str
 ) -> None:
     draw = np.random.default_rng([processes, list(MICRO_BATCHES).index(micro_batch)])
     stop = int(draw.integers(1, STEPS))
     later = int(draw.choice([count for count in PROCESSES if count != processes]))
-    train_as(inputs, tmp_path, processes, MICRO_BATCHES[micro_batch], stop_after=stop)
+    train_as(inputs, tmp_path, processes, MICRO_BATCHES[micro_batch], layout=layout, stop_after=stop)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"checkpoint-{stop}"]
-    train_as(inputs, tmp_path, later, MICRO_BATCHES[draw.choice(list(MICRO_BATCHES))])
+    train_as(inputs, tmp_path, later, MICRO_BATCHES[draw.choice(list(MICRO_BATCHES))], layout=OTHER[layout])
     check(steps_of(tmp_path), reference, TOLERANCE[inputs.model.dtype])
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_resumed_from_every_step_the_bits_are_the_same(place: Path, tmp_path: Path, processes: int) -> None:
+@pytest.mark.parametrize(("processes", "layout"), [(1, "packed"), (2, "padded"), (2, "packed")])
+def test_resumed_from_every_step_the_bits_are_the_same(
+    place: Path, tmp_path: Path, processes: int, layout: str
+) -> None:
     inputs = read(place, "bits", save_steps=1, max_steps=10)
-    train_as(inputs, tmp_path / "whole", processes, MICRO_BATCHES["4"])
+    train_as(inputs, tmp_path / "whole", processes, MICRO_BATCHES["4"], layout=layout)
     last = Path("checkpoints") / "checkpoint-10"
     for step in range(1, 10):
         folder = tmp_path / f"from-{step}"
@@ -113,7 +120,7 @@ def test_resumed_from_every_step_the_bits_are_the_same(place: Path, tmp_path: Pa
             tmp_path / "whole" / "checkpoints" / f"checkpoint-{step}", folder / "checkpoints" / f"checkpoint-{step}"
         )
         shutil.copy(tmp_path / "whole" / "metrics.jsonl", folder)
-        train_as(inputs, folder, processes, MICRO_BATCHES["4"])
+        train_as(inputs, folder, processes, MICRO_BATCHES["4"], layout=layout)
         for file in ("model.safetensors", "optimizer.safetensors"):
             assert (folder / last / file).read_bytes() == (tmp_path / "whole" / last / file).read_bytes()
         assert (folder / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import platform
 import shutil
@@ -19,6 +20,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, gather_object
 from accelerate.utils.memory import should_reduce_batch_size
 
+from accel_trainer import COLLECTION_THRESHOLD
 from accel_trainer.batching import token_budget
 from accel_trainer.errors import HardwareError, OutOfMemory, UserError
 
@@ -39,6 +41,8 @@ def start_accelerator(report_to: Sequence[str] = (), project_dir: str | Path | N
         UserError: a tracker is not installed.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    gc.freeze()  # what is imported by now stays for ever
+    gc.set_threshold(*COLLECTION_THRESHOLD)
     keep_freed_memory()
     try:
         accelerator = Accelerator(
@@ -88,22 +92,31 @@ def keep_freed_memory() -> None:
 
 
 def smallest_memory(accelerator: Accelerator) -> int | None:
-    """Total memory in bytes of the smallest device of the run, None on a CPU or where it is not told."""
+    """Total memory in bytes of the smallest device of the run, each process's share of it; None where it is not told."""
     device = accelerator.device
-    own = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else -1
+    own = -1
+    if device.type == "cuda":
+        own = torch.cuda.get_device_properties(device).total_memory
+    elif device.type == "cpu" and "SC_PHYS_PAGES" in os.sysconf_names:
+        own = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     smallest = min(gather_object([own]))
     return None if smallest < 0 else int(smallest)
 
 
-def tokens_per_device(accelerator: Accelerator, given: int | None) -> int:
-    """Token budget of a micro-batch, the same on every rank: the command line's, or derived from the device.
+def tokens_per_device(accelerator: Accelerator, needs: tuple[int, int], given: int | None) -> int:
+    """Token budget of a micro-batch, the same on every rank: the command line's, or derived from device and model.
+
+    Args:
+        accelerator: the run's.
+        needs: `model.bytes_in_training`.
+        given: on the command line, None if it is not.
 
     Raises:
         UserError: the command line's is not positive.
     """
     if given is not None and given < 1:
         raise UserError(f"--max_tokens_per_device {given}: give a positive number of tokens")
-    return given or token_budget(accelerator.device.type, smallest_memory(accelerator))
+    return given or token_budget(accelerator.device.type, smallest_memory(accelerator), *needs)
 
 
 @contextmanager

@@ -205,6 +205,18 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     }
 
 
+def bytes_in_training(model: PreTrainedModel) -> tuple[int, int]:
+    """Rough needs of memory in float32: for weights with gradients and AdamW's two averages, and for one token's activations.
+
+    A layer keeps about 16 vectors of its width for each token, and 4 of the feed-forward's (assumption: counted in a BERT
+    layer with dropout, and rounded up for what the backward pass needs besides).
+    """
+    counts, config = count_parameters(model), model.config
+    width, layers = getattr(config, "hidden_size", 768), getattr(config, "num_hidden_layers", 12)
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "hidden_dim", None) or 4 * width
+    return 4 * counts["total"] + 12 * counts["trainable"], 4 * layers * (16 * width + 4 * inner)
+
+
 def weights_sha256(state: dict[str, Any]) -> str:
     """SHA-256 over names, types, shapes and bytes of a state dict, in the order of the names."""
     digest = hashlib.sha256()

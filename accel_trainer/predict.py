@@ -32,6 +32,7 @@ from accel_trainer.classifier import Classifier
 from accel_trainer.data import rows_of_role
 from accel_trainer.errors import CannotLoad, DataError, UserError
 from accel_trainer.evaluation import Logits, predict_logits
+from accel_trainer.model import bytes_in_training
 from accel_trainer.recipe import DatasetSection, EvaluationSection, Recipe, SplitsSection
 from accel_trainer.sources import Table, read_files
 from accel_trainer.tokenization import longest_input, tokens_of_texts
@@ -97,7 +98,7 @@ def load_predictor(
         accelerator=accelerator,
         label_names=[str(model.config.id2label[i]) for i in range(model.config.num_labels)],
         max_length=longest_input(None, tokenizer, model.config),
-        max_tokens=hardware.tokens_per_device(accelerator, max_tokens_per_device),
+        max_tokens=hardware.tokens_per_device(accelerator, bytes_in_training(model), max_tokens_per_device),
         recipe=recipe,
     )
 

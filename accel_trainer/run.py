@@ -23,7 +23,7 @@ from accel_trainer.data import Split
 from accel_trainer.errors import OutOfMemory, RunFolderError, UserError
 from accel_trainer.feed import Feed, StepWork
 from accel_trainer.inputs import Inputs, differences, flat, mathematics
-from accel_trainer.model import DROPOUT_NAMES, count_parameters
+from accel_trainer.model import DROPOUT_NAMES, bytes_in_training, count_parameters
 from accel_trainer.optim import (
     build_optimizer,
     build_scheduler,
@@ -159,7 +159,7 @@ def prepare(
             packed=packed,
             pinned=accelerator.device.type == "cuda",
         ),
-        max_tokens=hardware.tokens_per_device(accelerator, max_tokens_per_device),
+        max_tokens=hardware.tokens_per_device(accelerator, bytes_in_training(inputs.model), max_tokens_per_device),
     )
 
 

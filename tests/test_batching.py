@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from accel_trainer import batching
 from accel_trainer.batching import (
+    ACCELERATOR_TOKENS,
     CPU_TOKENS,
+    LEAST_TOKENS,
     OVERHEAD,
     SHAPES,
     MicroBatch,
@@ -354,8 +356,17 @@ def test_a_micro_batch_counts_in_full_unless_said_otherwise():
     assert MicroBatch(np.asarray([0])).weight == 1.0
 
 
-def test_the_budget_grows_with_the_device_and_never_falls_below_a_cpus():
-    assert token_budget("cpu", 10**12) == CPU_TOKENS
-    assert token_budget("cuda", None) == CPU_TOKENS
-    assert token_budget("cuda", 2**30) == CPU_TOKENS
-    assert token_budget("cuda", 80 * 2**30) == 2 * token_budget("cuda", 40 * 2**30) > CPU_TOKENS
+BERT_BASE = (16 * 110_000_000, 4 * 12 * (16 * 768 + 4 * 3072))
+
+
+def test_the_budget_is_what_fits_and_no_more_than_is_of_use():
+    assert token_budget("cpu", None, *BERT_BASE) == token_budget("cuda", None, *BERT_BASE) == CPU_TOKENS
+    assert token_budget("cpu", 10**12, *BERT_BASE) == CPU_TOKENS
+    assert token_budget("cuda", 10**12, *BERT_BASE) == ACCELERATOR_TOKENS
+    budgets = [token_budget("cuda", gib * 2**30, *BERT_BASE) for gib in (2, 8, 16, 24, 32)]
+    assert budgets == sorted(budgets)
+    assert budgets[0] == LEAST_TOKENS  # weights alone are more than it has
+    assert CPU_TOKENS / 4 < budgets[2] < ACCELERATOR_TOKENS
+    assert all(budget % LEAST_TOKENS == 0 for budget in budgets)
+    assert token_budget("cuda", 2**34, BERT_BASE[0], 2 * BERT_BASE[1]) < budgets[2]
+    assert token_budget("cpu", 4 * 2**30, *BERT_BASE) < CPU_TOKENS  # a small laptop

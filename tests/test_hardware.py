@@ -84,7 +84,7 @@ def test_description_has_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     assert facts["accelerate_environment"] == {"ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_USE_CPU": "true"}
     assert facts["num_processes"] == 1
     assert facts["device"] == "cpu"
-    assert facts["device_memory_bytes"] is None
+    assert facts["device_memory_bytes"] > 2**28  # of the machine
     assert facts["mixed_precision"] == "no"
 
 
@@ -117,12 +117,13 @@ def test_git_commit(tmp_path: Path) -> None:
 
 def test_budget_is_the_users_or_the_devices() -> None:
     accelerator = hardware.start_accelerator()
-    assert hardware.tokens_per_device(accelerator, 77) == 77
-    assert hardware.tokens_per_device(accelerator, None) == 4096
-    assert hardware.tokens_per_device(accelerator, 1) == 1
+    assert hardware.tokens_per_device(accelerator, (0, 1), 77) == 77
+    assert hardware.tokens_per_device(accelerator, (0, 1), None) == 4096
+    assert hardware.tokens_per_device(accelerator, (0, 1), 1) == 1
+    assert hardware.tokens_per_device(accelerator, (10**15, 1), None) == 512
     for given in (0, -5):
         with pytest.raises(UserError, match=rf"--max_tokens_per_device {given}: give a positive number"):
-            hardware.tokens_per_device(accelerator, given)
+            hardware.tokens_per_device(accelerator, (0, 1), given)
 
 
 def others_say(monkeypatch: pytest.MonkeyPatch, *messages: str | None) -> Any:

@@ -43,7 +43,10 @@ def predict_logits(
     computed = []
     for micro_batch in divided[accelerator.process_index]:
         with out_of_memory_named():
-            batch = tokens.batch(micro_batch.indices, packed=packed).apply(lambda x: x.to(accelerator.device))
+            batch = tokens.batch(micro_batch.indices, packed=packed)
+            if accelerator.device.type == "cuda":  # which reads pinned memory while this process makes the next
+                batch = batch.apply(torch.Tensor.pin_memory)
+            batch = batch.on(accelerator.device)
             logits = model(batch.inputs, packing=batch.packing).float()
         if micro_batch.weight:
             computed.append(logits)

@@ -30,11 +30,8 @@ class Loaded:
 
     def on(self, device: torch.device) -> Loaded:
         """The same on its device; from pinned memory nobody waits for the copy."""
-
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
-
-        return Loaded(self.batch.apply(move), move(self.labels), move(self.example_keys), self.weight)
+        labels, keys = (tensor.to(device, non_blocking=True) for tensor in (self.labels, self.example_keys))
+        return Loaded(self.batch.on(device), labels, keys, self.weight)
 
 
 @dataclass(frozen=True)

@@ -221,6 +221,7 @@ def training_step(run: Run, step: int) -> StepStatistics:
     """Perform optimizer step `step` (counted from 0): one global batch, one update, one move of the schedule.
 
     Raises:
+        OutOfMemory: a micro-batch does not fit; nothing was updated, but gradients are left over.
         GradientOverflow: fp16 gradients overflowed; nothing was updated and the scale is smaller now.
         TrainingFailed: they overflow at any scale.
     """
@@ -243,7 +244,7 @@ def add_gradients(run: Run, micro_batches: Sequence[Loaded], global_batch_size: 
         the plain sum of this share's example losses, a scalar.
 
     Raises:
-        OutOfMemory: they do not fit; the gradients are what they were before.
+        OutOfMemory: they do not fit; some of them may have been added.
     """
     accelerator, smoothing = run.accelerator, run.inputs.recipe.training.label_smoothing_factor
     loss_sum = torch.zeros((), device=accelerator.device)

@@ -31,8 +31,9 @@ LEAST_TOKENS = 512  # which budgets are multiples of: below it something else mu
 # What one more micro-batch costs beside its tokens (launches, an optimizer's hooks), in tokens; assumption.
 OVERHEAD = 64
 
-# Lengths that the rows of a split are padded to, so that XLA and compilers see few shapes; assumption.
-SHAPES = 8
+# Lengths that the rows of a split are padded to, so that XLA and compilers see few shapes. On movie reviews 16 compute 4 % of
+# padding by themselves, 8 compute 8 %.
+SHAPES = 16
 
 
 @dataclass(frozen=True)

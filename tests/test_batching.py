@@ -343,7 +343,7 @@ def test_padding_to_a_few_lengths_costs_long_reviews_little():
     assert len(chosen) == SHAPES
     padded = chosen[np.searchsorted(chosen, lengths)]  # as its callers use it
     assert (padded >= lengths).all()
-    assert 1 - lengths.sum() / padded.sum() <= 0.09  # 8.4 %; to one length 49 % (measured)
+    assert 1 - lengths.sum() / padded.sum() <= 0.05  # 4.3 %; to one length 49 % (measured)
 
 
 @pytest.mark.parametrize(("lengths", "most"), [([], 8), ([5], 0)])

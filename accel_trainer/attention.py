@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any
 
 import torch
@@ -128,7 +129,10 @@ def packed_attention(
         return _padded(query, key, value, packing, packing.groups, window, dropping)
     if query.device.type == "cpu":
         return _in_short_calls(query, key, value, packing, window, scaling)
-    if query.dtype in (torch.float16, torch.bfloat16) and (varlen := _varlen_kernel(query.device)) is not None:
+    is_half = query.dtype in (torch.float16, torch.bfloat16)
+    # The kernels count a window from the last key, so that it would not lie around a query that is an example's first.
+    has_window_elsewhere = window is not None and _first_only(query, packing)
+    if is_half and not has_window_elsewhere and (varlen := _varlen_kernel(query.device)) is not None:
         return varlen(query, key, value, packing, window, scaling)
 
     def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -193,7 +197,10 @@ def _varlen_kernel(
         return None
     kernel: Callable[..., Tensor]
     try:
-        from torch.nn.attention.varlen import varlen_attn  # torch ≥ 2.10
+        from torch.nn.attention.varlen import varlen_attn
+
+        if "window_size" not in signature(varlen_attn).parameters:  # torch 2.10
+            raise ImportError
 
         def kernel(q: Tensor, k: Tensor, v: Tensor, *bounds: Any, window: tuple[int, int], scaling: float) -> Tensor:
             return varlen_attn(q, k, v, *bounds, scale=scaling, window_size=window)  # type: ignore[return-value]

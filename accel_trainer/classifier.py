@@ -41,7 +41,9 @@ class Classifier(nn.Module):
     def is_known(self) -> bool:
         """Whether the model is one of transformers' own, of a family that is held to be the same packed as padded."""
         config, stock = self.model.config, type(self.model).__module__.startswith("transformers.models.")
-        return self.can_pack and stock and config.model_type in PACKED and not getattr(config, "is_decoder", False)
+        # Chunks of a row are not those of its examples, and each is a call of its dropout.
+        odd = getattr(config, "is_decoder", False) or getattr(config, "chunk_size_feed_forward", 0)
+        return self.can_pack and stock and config.model_type in PACKED and not odd
 
     def forward(
         self, inputs: dict[str, Tensor], example_keys: Tensor | None = None, packing: Packing | None = None

@@ -107,8 +107,9 @@ FIRST_TOKEN_LAYERS: dict[str, Callable[..., Tensor]] = {
 
 def reads_first_token_only(model: PreTrainedModel) -> bool:
     """Whether the head of a classifier is known to read nothing but each example's first token."""
+    is_stock = type(model).__module__.startswith("transformers.models.")  # another may read what it likes
     pooling = getattr(model.config, "classifier_pooling", "cls")  # ModernBERT's may be the mean
-    return model.config.model_type in FIRST_TOKEN_LAYERS and pooling == "cls"
+    return is_stock and model.config.model_type in FIRST_TOKEN_LAYERS and pooling == "cls"
 
 
 def _last(model: PreTrainedModel) -> tuple[nn.Module | None, int]:
@@ -118,8 +119,8 @@ def _last(model: PreTrainedModel) -> tuple[nn.Module | None, int]:
         return (None if layers is None else layers[-1]), 1
     encoder: Any = model.base_model.encoder
     count, groups = model.config.num_hidden_layers, encoder.albert_layer_groups
-    last_group = [i for i in range(count) if int(i / (count / len(groups))) == len(groups) - 1]
-    return groups[-1].albert_layers[-1], len(last_group)
+    used = [int(i / (count / len(groups))) for i in range(count)]  # as the family counts; there may be more groups
+    return groups[used[-1]].albert_layers[-1], used.count(used[-1])
 
 
 class LastLayer:
@@ -133,18 +134,23 @@ class LastLayer:
     ) -> None:
         self.layer, self.compute, self.calls, self.within = layer, compute, calls, within
 
-    def __call__(self, hidden: Tensor, attention_mask: Any = None, *more: Any, **handed: Any) -> Any:
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
         """The stock layer's `forward`, but for what it returns."""
         packing = self.within.packing
         is_last = self.within.call("last layer") >= self.calls - 1
         if is_last and self.compute is not None:
-            first = hidden[:, :1] if packing is None else hidden[0].index_select(0, packing.starts).unsqueeze(1)
-            mask = None if attention_mask is None else attention_mask[:, :, :1]
-            return self.compute(self.layer, hidden, first, mask, **handed)
-        output = type(self.layer).forward(self.layer, hidden, attention_mask, *more, **handed)
+            return self._of_first(*arguments, **named)
+        output = type(self.layer).forward(self.layer, *arguments, **named)
         if not is_last or packing is None:
             return output
         return packing.pad(output) if isinstance(output, Tensor) else (packing.pad(output[0]), *output[1:])
+
+    def _of_first(self, hidden: Tensor, attention_mask: Tensor | None = None, *_: Any, **handed: Any) -> Tensor:
+        packing = self.within.packing
+        first = hidden[:, :1] if packing is None else hidden[0].index_select(0, packing.starts).unsqueeze(1)
+        mask = None if attention_mask is None else attention_mask[:, :, :1]
+        assert self.compute is not None
+        return self.compute(self.layer, hidden, first, mask, **handed)
 
 
 def install(model: PreTrainedModel, forward_pass: ForwardPass) -> bool:

@@ -41,9 +41,10 @@ def tokens(lengths: Lengths, part: Sequence[MicroBatch]) -> int:
     return sum(int(lengths[m.indices].sum()) for m in part if m.weight)
 
 
-def positions(lengths: Lengths, part: Sequence[MicroBatch]) -> int:
-    """Count what a process computes if micro-batches are padded to their longest text, fillers included."""
-    return sum(len(m.indices) * int(lengths[m.indices].max()) for m in part)
+def positions(lengths: Lengths, part: Sequence[MicroBatch], *, packed: bool) -> int:
+    """Count what a process computes, fillers included: real tokens, or micro-batches padded to their longest text."""
+    rows = [lengths[m.indices] for m in part]
+    return sum(int(row.sum()) if packed else len(row) * int(row.max()) for row in rows)
 
 
 def excess(loads: Sequence[int]) -> float:
@@ -74,8 +75,8 @@ def print_balance(batches: Sequence[Lengths], divisions: Mapping[str, Division],
             print(f"| {name} | {size} | {len(alike):,} | {summary(ratios)} | {bound:.3f} |")
 
 
-def print_passes(batches: Sequence[Lengths], divisions: Mapping[str, Division]) -> None:
-    """Print what the division costs in passes through a model that computes padding."""
+def print_passes(batches: Sequence[Lengths], divisions: Mapping[str, Division], packed: frozenset[str]) -> None:
+    """Print what the division costs in passes through a model that computes padding where there is any."""
     print("| division | micro-batches | fillers | padding | median | 95 % | max | mean |")
     print("|---|---|---|---|---|---|---|---|")
     for name, divide in divisions.items():
@@ -83,7 +84,7 @@ def print_passes(batches: Sequence[Lengths], divisions: Mapping[str, Division]) 
         passes = [micro_batch for parts in divided for part in parts for micro_batch in part]
         fillers = sum(micro_batch.weight == 0 for micro_batch in passes) / len(passes)
         pairs = zip(batches, divided, strict=True)
-        loads = [[positions(batch, part) for part in parts] for batch, parts in pairs]
+        loads = [[positions(batch, part, packed=name in packed) for part in parts] for batch, parts in pairs]
         padding = 1 - sum(int(batch.sum()) for batch in batches) / sum(map(sum, loads))
         ratios = summary([excess(load) for load in loads])
         print(f"| {name} | {len(passes):,} | {fillers:.1%} | {padding:.1%} | {ratios} |")
@@ -115,18 +116,20 @@ def main() -> None:
         "Tokens of the busiest process ÷ mean over the processes, per global batch:\n"
     )
     divisions: dict[str, Division] = {
-        f"`divide_batch`, {max_tokens:,} tokens": partial(
-            divide_batch, num_processes=arguments.processes, max_tokens=max_tokens
+        f"`divide_batch`, {layout}, {max_tokens:,} tokens": partial(
+            divide_batch, num_processes=arguments.processes, max_tokens=max_tokens, packed=layout == "packed"
         )
+        for layout in ("packed", "padded")
         for max_tokens in arguments.max_tokens
     }
-    divisions["rows in order"] = partial(in_order, num_processes=arguments.processes)
+    packed = frozenset(name for name in divisions if ", packed, " in name)
+    divisions["rows in order, padded"] = partial(in_order, num_processes=arguments.processes)
     print_balance(batches, divisions, arguments.processes)
     print(
-        "\nPasses through a model that computes padding: how many, the share of them that are fillers, the share of padding in\n"
-        "the positions computed, and the positions of the busiest process ÷ mean:\n"
+        "\nPasses through a model, which computes padding too: how many, the share of them that are fillers, the share of padding\n"
+        "and fillers in the positions computed, and the positions of the busiest process ÷ mean:\n"
     )
-    print_passes(batches, divisions)
+    print_passes(batches, divisions, packed)
 
 
 if __name__ == "__main__":

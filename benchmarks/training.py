@@ -258,7 +258,7 @@ def bare(run: Run, block: Block) -> Done:
         for part in micro_batches:
             logits = run.model(part.batch.inputs, part.example_keys, part.batch.packing)
             loss = nn.functional.cross_entropy(logits.float(), part.labels, reduction="sum") / len(rows)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
         optimizer.step()
         run.scheduler.step()

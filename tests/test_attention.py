@@ -1,4 +1,4 @@
-"""Attention is softmax times mask, inside each example, on every path that computes it."""
+"""Attention with keyed dropout is softmax times mask; how examples are kept apart in one row is in `test_packing.py`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from harness import FAMILIES, SIZES
 from keyed import ROWS, batch, build, dropped, gradients, keys_of, step_of, strays_of, words
 from torch import Tensor, nn
 
-from accel_trainer.attention import attend
+from accel_trainer.attention import ATTENTION, attend, install
 from accel_trainer.classifier import Classifier
 from accel_trainer.dropout import ForwardPass, Site, drop
 from accel_trainer.errors import UserError
@@ -164,6 +164,22 @@ def test_grouped_queries_share_their_keys() -> None:
     output, _ = attend(module, query, key, value, None, dropout=0.5)
     repeated = [part.repeat_interleave(2, 1) for part in (key, value)]
     assert torch.equal(output, attend(Attends(), query, *repeated, None, dropout=0.5)[0])
+
+
+@pytest.mark.parametrize(("before", "installed"), [("sdpa", True), ("eager", False), (ATTENTION, True)])
+def test_it_is_installed_where_torch_would_compute_attention(before: str, installed: bool) -> None:
+    """A second time too, as on a model that is trained again; whoever chose another one keeps it."""
+    model = build("bert")
+    model.set_attn_implementation(before)
+    assert install(model) is installed
+    assert model.config._attn_implementation == (ATTENTION if installed else before)
+
+
+def test_attention_of_the_model_s_own_is_left_as_it_is() -> None:
+    model = build("mpnet")  # which knows of no other
+    before = model.config._attn_implementation
+    assert install(model) is False
+    assert model.config._attn_implementation == before
 
 
 def test_attention_that_bends_its_scores_is_left_as_it_is() -> None:

@@ -50,9 +50,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             (3, 1, 2),
             (3, 2, 1),
             (4, 2, 2),
-            (5, 3, 1),
             (7, 3, 2),
-            (6, 6, 1),
+            (3, 3, 1),
             (1, 2, 1),
             (3, 4, 1),
             (3, 5, 2),
@@ -103,7 +102,8 @@ def test_first_tokens_are_the_first_row_of_the_stock_layer(name: str, p: float) 
     classifier = Classifier(build(family, p, **more)).train().double()
     stock = whole(copy.deepcopy(classifier))
     texts = tokens(classifier.model.config, LENGTHS, pairs=takes_pairs(classifier.model.config))
-    for rows in (np.arange(len(LENGTHS)), np.asarray([2]), np.asarray([3]), np.asarray([2, 2, 2])):
+    alone = [np.asarray([2])] if name in FAMILIES else []
+    for rows in (np.arange(len(LENGTHS)), np.asarray([3]), np.asarray([2, 2, 2]), *alone):
         padded = texts.batch(rows, packed=False)
         expected = output(stock, padded, len(rows))
         assert expected.shape == (len(rows), texts.lengths[rows].max(), 16)

@@ -195,6 +195,23 @@ def test_masks_for_first_tokens_are_rows_of_the_others(lengths: list[int], windo
         assert full is None or rows is None or torch.equal(full[starts], rows)
 
 
+def test_layers_that_see_differently_share_no_mask() -> None:
+    packing = Packing.of([5, 4])
+    asked = [
+        (window, first_only, dtype)
+        for window in (None, 2, 3)
+        for first_only in (False, True)
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    for window, first_only, dtype in asked:
+        (found,) = packing.masks(window, first_only=first_only, dtype=dtype)
+        (expected,) = Packing.of([5, 4]).masks(window, first_only=first_only, dtype=dtype)
+        assert found is not None
+        assert expected is not None
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected)
+
+
 # ------------------------------------------------------------------------------------------------------------------------
 # Attention inside each example, by every way there is.
 
@@ -616,3 +633,8 @@ def test_a_decoder_is_refused_however_it_says_so() -> None:
     with pytest.raises(UserError, match="a decoder's attention"):
         attention.attend(module, *inputs, None)
     attention.attend(module, *inputs, None, is_causal=False)
+
+
+def test_a_packed_row_has_no_mask() -> None:
+    """None is made, on whatever device: attention knows by itself what belongs together."""
+    assert attention.padding_mask(attention_mask=None) is None

@@ -161,7 +161,7 @@ def test_a_recipe_is_proved(tmp_path: Path) -> None:
     """Through real launches; the schedule is the recipe's own, and nothing of the recipe's saving gets in the way."""
     recipe = write_recipe_in(tmp_path, evaluation={"early_stopping_patience": 1})
     command = [sys.executable, "-c", "import sys; from accel_trainer.cli import main; sys.exit(main())"]
-    proof = start([*command, "prove", str(recipe), "--steps", "2", "--output", "proof.json"], tmp_path, timeout=300)
+    proof = start([*command, "prove", str(recipe), "--steps", "2", "--output", "proof.json"], tmp_path, timeout=600)
     assert proof.code == 0, proof.err
     assert proof.out.splitlines()[-1] == "the same training"
     found = proof.json("proof.json")

@@ -331,6 +331,33 @@ def test_micro_batches_change_nothing(place: Path, plain: Outcome, max_tokens: i
     assert outcome.evaluations[-1] == pytest.approx(plain.evaluations[-1], abs=2e-6)
 
 
+def test_the_layout_changes_nothing_but_what_is_computed(place: Path, whole: Outcome) -> None:
+    """With dropout everywhere; packed without being asked."""
+    padded = run_trainer(place / "whole.yaml", place / "padded", "--layout", "padded")
+    assert padded.code == 0, padded.err
+    assert [run.json("run.json")["layout"] for run in (whole, padded)] == ["packed", "padded"]
+    assert "float32, packed without padding" in whole.err
+    assert "float32, padded" in padded.err
+    np.testing.assert_allclose(padded.losses, whole.losses, rtol=0, atol=2e-6)
+    norms = [[line["grad_norm"] for line in run.steps] for run in (padded, whole)]
+    np.testing.assert_allclose(norms[0], norms[1], rtol=1e-5)
+    assert padded.evaluations[-1] == pytest.approx(whole.evaluations[-1], abs=2e-6)
+    avoided = [run.json("results.json")["train"]["padding_avoided"] for run in (whole, padded)]
+    assert avoided[0] > avoided[1]
+    asked = run_trainer(place / "whole.yaml", place / "packed", "--layout", "packed")
+    assert asked.lines == whole.lines
+    assert same_weights(asked, whole)
+
+
+def test_a_run_goes_on_in_another_layout(place: Path, whole: Outcome) -> None:
+    folder = place / "relaid"
+    assert run_trainer(place / "whole.yaml", folder, "--layout", "padded", "--stop_after", "3").code == 75
+    resumed = run_trainer(place / "whole.yaml", folder, "--layout", "packed", "--resume")
+    assert resumed.code == 0, resumed.err
+    assert resumed.json("run.json")["layout"] == "packed"
+    np.testing.assert_allclose(resumed.losses, whole.losses, rtol=0, atol=2e-6)
+
+
 def test_the_same_run_twice_is_the_same(place: Path, whole: Outcome) -> None:
     again = run_trainer(place / "whole.yaml", place / "again")
     assert again.lines == whole.lines
@@ -972,6 +999,22 @@ def test_an_encoder_that_cannot_keep_the_promise_is_refused(place: Path) -> None
     refused = run_trainer(recipe, place / "fnet")
     assert refused.code == 2
     assert "a fnet classifier computes of an example depends on the padding beside it" in refused.err
+
+
+def test_what_cannot_be_packed_is_trained_padded_and_says_so(place: Path) -> None:
+    config = {"model_type": "mpnet", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config |= {"intermediate_size": 32, "max_position_embeddings": 34}
+    recipe = write_recipe_in(place, "mpnet.yaml", model={"from_config": config}, training={"max_steps": 2})
+    outcome = run_trainer(recipe, place / "mpnet")
+    assert outcome.code == 0, outcome.err
+    note = "note: a mpnet classifier is trained padded: packed, its attention is its own"
+    assert outcome.err.count(note) == 1
+    assert outcome.json("run.json")["layout"] == "padded"
+    assert "is trained padded" not in run_trainer(recipe, place / "mpnet-padded", "--layout", "padded").err
+    refused = run_trainer(recipe, place / "mpnet-packed", "--layout", "packed")
+    assert refused.code == 2
+    assert "error: --layout packed: a mpnet classifier cannot be packed (its attention is its own)" in refused.err
+    assert "Traceback" not in refused.err
 
 
 @pytest.mark.launch

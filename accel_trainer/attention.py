@@ -129,10 +129,11 @@ def packed_attention(
         return _padded(query, key, value, packing, packing.groups, window, dropping)
     if query.device.type == "cpu":
         return _in_short_calls(query, key, value, packing, window, scaling)
-    is_half = query.dtype in (torch.float16, torch.bfloat16)
+    # What the kernels take: half precision, and heads of such widths.
+    fits = query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
     # The kernels count a window from the last key, so that it would not lie around a query that is an example's first.
     has_window_elsewhere = window is not None and _first_only(query, packing)
-    if is_half and not has_window_elsewhere and (varlen := _varlen_kernel(query.device)) is not None:
+    if fits and not has_window_elsewhere and (varlen := _varlen_kernel(query.device)) is not None:
         return varlen(query, key, value, packing, window, scaling)
 
     def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -63,7 +63,7 @@ class Classifier(nn.Module):
             position_ids = _position_ids(self.model, inputs["input_ids"], packing)
             inputs = {**inputs, "position_ids": position_ids, "attention_mask": packing.mask}
         logits: Tensor = self.model(**inputs).logits
-        self.forward_pass.end()
+        self.forward_pass.end(backward_follows=torch.is_grad_enabled())
         return logits
 
 
@@ -105,14 +105,16 @@ def strays(classifier: Classifier, together: Batch, alone: Sequence[Batch]) -> f
 
     Returns:
         largest difference of a logit, computed together with the others and alone, relative to the largest logit;
-        infinite if torch's random stream makes any difference; 0 if the logits are not numbers.
+        infinite if torch's random stream makes any difference, or if only together they are no numbers; 0 if alone they are
+        none either.
     """
     keys = dropout.example_keys(np.arange(len(alone)), seed=0, step=0)
     was_training = classifier.training
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         if together.packing is None:
             classifier.eval()
-            of_all, of_one = _sizes(classifier, together), _sizes(classifier, alone[0])
+            one = Batch({name: tensor[:1] for name, tensor in together.inputs.items()}, None)
+            of_all, of_one = _sizes(classifier, together), _sizes(classifier, one)
             shared = frozenset(site for site, size in of_all.items() if of_one.get(site) == size)
             classifier.forward_pass.shared = shared
         classifier.train()
@@ -122,8 +124,10 @@ def strays(classifier: Classifier, together: Batch, alone: Sequence[Batch]) -> f
         again = classifier(together.inputs, keys, together.packing)
         singly = torch.cat([classifier(one.inputs, keys[i : i + 1]) for i, one in enumerate(alone)])
     classifier.train(was_training)
-    if not first.isfinite().all():
+    if not singly.isfinite().all():
         return 0.0
+    if not first.isfinite().all():
+        return math.inf
     return float((first - singly).abs().max() / first.abs().max()) if torch.equal(first, again) else math.inf
 
 

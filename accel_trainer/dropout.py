@@ -133,31 +133,35 @@ class ForwardPass:
         self.words, self.packing, self.replaying = words, packing, False
         self.calls.clear()
 
-    def end(self) -> None:
-        """End it; keys and packing stay in force for the backward pass."""
+    def end(self, *, backward_follows: bool = True) -> None:
+        """End it; keys and packing stay in force for the backward pass, if there is one."""
         self.replaying = True
+        self.packing = self.packing if backward_follows else None
 
-    def call(self, name: str) -> int:
-        """How many calls of that name this pass has seen before this one."""
-        self.calls[name] += 1
-        return self.calls[name] - 1
+    def call(self, module: str) -> int:
+        """How many calls of a module this pass has seen before this one.
+
+        Raises:
+            UserError: a module that is used several times is computed again, and nobody can tell which time is meant.
+        """
+        if self.replaying:
+            if self.calls[module] != 1:
+                raise UserError(
+                    f"model: {module} is used {self.calls[module]} times in a forward pass, so that it cannot be computed again; "
+                    "train it without gradient (or activation) checkpointing"
+                )
+            return 0
+        self.calls[module] += 1
+        return self.calls[module] - 1
 
     def at(self, site: Site) -> tuple[Tensor, Tensor]:
         """Keys of the examples at this call of a site, each (b,); at a shared site the step's, each (1,).
 
         Raises:
-            UserError: a layer that is used several times is computed again, and nobody can tell which time is meant.
+            UserError: as `call`.
         """
         assert self.words is not None, "a forward pass in training needs the keys of its examples"
-        if self.replaying:
-            if self.calls[site.module] != 1:
-                raise UserError(
-                    f"model: {site.module} is used {self.calls[site.module]} times in a forward pass, so that its dropout cannot be "
-                    "replayed; train it without gradient (or activation) checkpointing"
-                )
-            call = 0
-        else:
-            call = self.call(site.module)
+        call = self.call(site.module)
         words = self.words[:1, 2:] if site.module in self.shared else self.words[:, :2]
         a, b = words.unbind(-1)
         for coordinate in (site.word, call):

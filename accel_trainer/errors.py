@@ -92,6 +92,10 @@ class TrainingFailed(AccelTrainerError):
 class OutOfMemory(TrainingFailed):
     """A micro-batch does not fit into memory; a smaller one may."""
 
+    def __init__(self, message: str, examples: int = 1, tokens: int = 0) -> None:
+        self.examples, self.tokens = examples, tokens  # of the micro-batch, padding included
+        super().__init__(message)
+
 
 class Interrupted(AccelTrainerError):
     """A signal asked the run to stop; if steps had been taken, a checkpoint was saved first."""

@@ -41,17 +41,19 @@ def predict_logits(
     model.eval()
     divided = divide_split(tokens.costs(packed=packed), accelerator.num_processes, max_tokens, packed=packed)
     computed = []
-    for micro_batch in divided[accelerator.process_index]:
-        with out_of_memory_named():
+    try:
+        for micro_batch in divided[accelerator.process_index]:
             batch = tokens.batch(micro_batch.indices, packed=packed)
-            if accelerator.device.type == "cuda":  # which reads pinned memory while this process makes the next
-                batch = batch.apply(torch.Tensor.pin_memory)
-            batch = batch.on(accelerator.device)
-            logits = model(batch.inputs, packing=batch.packing).float()
-        if micro_batch.weight:
-            computed.append(logits)
-        num_labels = logits.shape[-1]
-    model.train(was_training)
+            with out_of_memory_named(len(micro_batch.indices), batch.positions):
+                if accelerator.device.type == "cuda":  # which reads pinned memory while this process makes the next
+                    batch = batch.apply(torch.Tensor.pin_memory)
+                batch = batch.on(accelerator.device)
+                logits = model(batch.inputs, packing=batch.packing).float()
+            if micro_batch.weight:
+                computed.append(logits)
+            num_labels = logits.shape[-1]
+    finally:  # training goes on after a repeat in smaller micro-batches
+        model.train(was_training)
     shares = [np.concatenate([np.empty(0, np.int64)] + [m.indices for m in part if m.weight]) for part in divided]
     most = max(len(share) for share in shares)
     padded = torch.zeros(most, num_labels, dtype=torch.float32, device=accelerator.device)

@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, gather_object
-from accelerate.utils.memory import should_reduce_batch_size
 
 from accel_trainer import COLLECTION_THRESHOLD
 from accel_trainer.batching import token_budget
 from accel_trainer.errors import HardwareError, OutOfMemory, UserError
 
 PACKAGES = ("accel_trainer", "torch", "transformers", "accelerate", "datasets", "tokenizers", "evaluate", "numpy")
+# How errors without a type of their own say that the memory is full: CUDA, ROCm and MPS; CPU; cuBLAS and cuDNN; XLA.
+OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator: ", "_STATUS_ALLOC_FAILED", "RESOURCE_EXHAUSTED")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 REFUSED = {
     DistributedType.DEEPSPEED: "DeepSpeed owns the optimizer step and pickles its checkpoints; use FSDP instead",
@@ -120,8 +121,12 @@ def tokens_per_device(accelerator: Accelerator, needs: tuple[int, int], given: i
 
 
 @contextmanager
-def out_of_memory_named() -> Iterator[None]:
+def out_of_memory_named(examples: int = 1, tokens: int = 0) -> Iterator[None]:
     """Give the many errors by which a device says that its memory is full one name.
+
+    Args:
+        examples: of the micro-batch that is computed in the block.
+        tokens: of all of them, padding included.
 
     Raises:
         OutOfMemory: it does.
@@ -129,9 +134,11 @@ def out_of_memory_named() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not should_reduce_batch_size(error):
+        told = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not told and not any(sign in str(error) for sign in OUT_OF_MEMORY):
             raise
-        raise OutOfMemory(str(error).partition("\n")[0] or "out of memory") from error
+        reason = str(error).partition("\n")[0].rstrip(".") or "out of memory"
+        raise OutOfMemory(reason, examples, tokens) from error
 
 
 @contextmanager

@@ -437,27 +437,32 @@ def continue_run(run: Run, path: Path | None, allow_changed: Sequence[str], *, k
     run.accelerator.wait_for_everyone()
 
 
-def halve_token_budget(run: Run, split: Split, error: OutOfMemory) -> None:
+def halve_token_budget(run: Run, error: OutOfMemory) -> None:
     """Answer to a micro-batch that does not fit: a process alone goes on with half the budget, several start again with it.
 
     Raises:
         OutOfMemory: one example alone does not fit; or there are other processes, which wait in a collective by now, so
             that this one can only end and leave the halved budget for `--resume`.
     """
-    if run.max_tokens <= int(split.tokens.lengths.min()):
+    if error.examples == 1:
         raise OutOfMemory(
             f"{error}: even single examples do not fit; shorten dataset.max_length, or use --gradient_checkpointing, a smaller "
             "checkpoint or a larger device. The last checkpoint is kept"
         ) from error
-    run.max_tokens //= 2
+    while run.max_tokens >= error.tokens:  # or the same micro-batch would be computed again
+        run.max_tokens //= 2
     if run.accelerator.num_processes == 1:
-        logger.warning("out of memory: going on with micro-batches of %d tokens (%s)", run.max_tokens, error)
+        logger.warning("out of memory: going on with micro-batches of %d tokens (%s)", run.max_tokens, str(error))
         return
-    run.folder.set_token_budget(run.max_tokens)
-    raise OutOfMemory(
+    ended = OutOfMemory(
         f"{error}: process {run.accelerator.process_index} of {run.accelerator.num_processes} is out of memory; run the same "
-        f"line again with --resume, and it goes on with micro-batches of {run.max_tokens} tokens"
-    ) from error
+        "line again with --resume (and without --max_tokens_per_device), and it goes on with micro-batches of "
+        f"{run.max_tokens} tokens"
+    )
+    run.folder.set_token_budget(run.max_tokens)
+    # The main process will see no more than a connection that breaks, and may be killed before it can say so.
+    run.folder.set_status("failed", run.state.step, ended.exit_code, f"{type(ended).__name__}: {ended}")
+    raise ended from error
 
 
 def throughput(run: Run) -> dict[str, Any]:

@@ -13,7 +13,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from accel_trainer.errors import EXIT_DONE, EXIT_FAILED, AccelTrainerError, Interrupted, RunFolderError, UserError
+from accel_trainer.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    AccelTrainerError,
+    Interrupted,
+    RunFolderError,
+    TrainingFailed,
+    UserError,
+)
 from accel_trainer.writing import damage, replaced, restore_interrupted
 
 State = Literal["running", "done", "interrupted", "failed"]
@@ -186,6 +194,10 @@ def watched(folder: RunFolder, is_main_process: bool) -> Iterator[Watch]:
         report("interrupted", error.exit_code, str(error))
         raise
     except BaseException as error:
+        told = folder.status()
+        if isinstance(error, RuntimeError) and told.get("state") == "failed":
+            # Another process has said why; this one's collective broke because of it.
+            raise TrainingFailed(told["reason"]) from error
         code = error.exit_code if isinstance(error, AccelTrainerError) else EXIT_FAILED
         with suppress(RunFolderError):  # a full disk has been told already, by the error itself
             report("failed", code, f"{type(error).__name__}: {error}")

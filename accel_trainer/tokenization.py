@@ -156,6 +156,11 @@ class Batch:
     inputs: dict[str, torch.Tensor]  # padded (b, t) with an attention_mask, packed (1, t) without
     packing: Packing | None  # where the examples stand in the one row; None: padded
 
+    @property
+    def positions(self) -> int:
+        """Tokens that are computed, padding included."""
+        return self.inputs["input_ids"].numel()
+
     def apply(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         """The same batch with its tensors moved."""
         inputs = {name: move(tensor) for name, tensor in self.inputs.items()}

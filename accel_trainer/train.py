@@ -191,7 +191,7 @@ def fit(run: Run, stop: StopRequest, stop_after: int | None = None) -> None:
                 state.overflows += 1
                 continue  # the same step again, with a smaller scale
             except OutOfMemory as error:
-                halve_token_budget(run, run.inputs.splits["train"], error)
+                halve_token_budget(run, error)
                 run.optimizer.zero_grad()
                 continue  # the same step again, in smaller micro-batches
             state.add(done)
@@ -250,7 +250,8 @@ def add_gradients(run: Run, micro_batches: Sequence[Loaded], global_batch_size: 
     loss_sum = torch.zeros((), device=accelerator.device)
     for i, loaded in enumerate(micro_batches):
         is_last = i == len(micro_batches) - 1
-        with out_of_memory_named(), nullcontext() if is_last else accelerator.no_sync(run.model):
+        named = out_of_memory_named(len(loaded.labels), loaded.batch.positions)
+        with named, nullcontext() if is_last else accelerator.no_sync(run.model):
             here = loaded.on(accelerator.device)
             logits = run.model(here.batch.inputs, here.example_keys, here.batch.packing)
             losses = example_losses(logits, here.labels, smoothing) * here.weight
@@ -292,7 +293,14 @@ def update(run: Run) -> None:
     # A fused optimizer skips inside its kernel, so that Accelerate's `optimizer_step_was_skipped` stays false: the scale
     # tells, which falls when and only when a step was skipped.
     scale = None if scaler is None else scaler.get_scale()
-    run.optimizer.step()
+    try:
+        with out_of_memory_named():
+            run.optimizer.step()
+    except OutOfMemory as error:  # not repeated: some weights may have moved, and no micro-batch is too large
+        raise TrainingFailed(
+            f"{error}: the optimizer's state does not fit; use a smaller checkpoint, FSDP, or a larger device. "
+            "The last checkpoint is kept"
+        ) from error
     run.optimizer.zero_grad()
     if scaler is None or scale is None or scaler.get_scale() >= scale:
         return
@@ -372,7 +380,7 @@ def logits_of(run: Run, split: Split) -> Logits:
         try:
             return predict_logits(run.accelerator, run.model, split.tokens, run.max_tokens, packed=run.packed)
         except OutOfMemory as error:
-            halve_token_budget(run, split, error)
+            halve_token_budget(run, error)
 
 
 def score(run: Run, split: Split, logits: Logits) -> dict[str, float]:

@@ -28,7 +28,7 @@ def replaced(final: Path) -> Iterator[Path]:
     Raises:
         OSError: the file cannot be written; `final` stays as it was.
     """
-    temporary = final.with_name(f".{final.name}.writing")
+    temporary = final.with_name(f".{final.name}.{os.getpid()}.writing")  # another process may be writing it too
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

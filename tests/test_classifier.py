@@ -16,7 +16,6 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from accel_trainer import dropout
 from accel_trainer.classifier import Classifier
-from accel_trainer.errors import UserError
 from accel_trainer.model import DROPOUT_NAMES
 from accel_trainer.packing import Packing
 from accel_trainer.run import ROUNDING
@@ -208,10 +207,8 @@ def test_asking_leaves_no_trace(family: str, training: bool) -> None:
 
 
 def test_an_encoder_that_keeps_examples_on_another_axis_is_found_out() -> None:
-    """By what it computes, or by what it drops from if that cannot be told apart by example."""
-    assert strays_of(Classifier(build("xlnet", 0.1, XLNET)), inputs(4, 4, 9)) > ROUNDING
-    with pytest.raises(UserError, match=r"dropout of \(8, 3, 16\) values for 3 examples"):
-        strays_of(Classifier(build("xlnet", 0.1, XLNET)), inputs(4, 4, 8))
+    for longest in (8, 9):
+        assert strays_of(Classifier(build("xlnet", 0.1, XLNET)), inputs(4, 4, longest)) > ROUNDING
 
 
 SHAPES = {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 32, "max_position_embeddings": 32}

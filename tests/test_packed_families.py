@@ -263,6 +263,28 @@ def test_neighbours_do_not_matter(variant: str) -> None:
     assert (beside[0] - there[0]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_layers_are_given_no_mask_of_a_row(variant: str) -> None:
+    """Nobody needs it, and it would be the square of all examples."""
+    family, more = VARIANTS[variant]
+    classifier = Classifier(build(family, 0.3, **more))
+    masks: list[Tensor | None] = []
+
+    def note(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        masks.append(named.get("attention_mask", given[1] if len(given) > 1 else None))
+
+    layers = [m for m in classifier.modules() if type(m).__name__.endswith(("Layer", "Block"))]
+    for layer in layers:
+        layer.register_forward_pre_hook(note, with_kwargs=True)
+    texts, rows = tokens(classifier.model.config), np.arange(len(LENGTHS))
+    in_no_time(classifier, texts.batch(rows, packed=True))
+    assert len(masks) >= 2
+    assert masks == [None] * len(masks)
+    masks.clear()
+    in_no_time(classifier, texts.batch(rows, packed=False))
+    assert None not in [mask if mask is None else 0 for mask in masks]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_run_asks_before_it_trains(family: str) -> None:
     """The seven families pass the trial that they are spared."""
@@ -390,8 +412,7 @@ def test_a_copy_has_its_own(variant: str) -> None:
     texts, rows = tokens(first.model.config), np.arange(len(LENGTHS))
     batch = texts.batch(rows, packed=True)
     expected = in_layout(first, batch, len(rows))
-    with torch.no_grad():  # in use when it is copied
-        first(batch.inputs, keys(len(rows)), batch.packing)
+    first(batch.inputs, keys(len(rows)), batch.packing)  # in use when it is copied
     copied = copy.deepcopy(first.model)
     second = Classifier(copied)
     mine, its = set(map(id, first.modules())), set(map(id, second.modules()))
@@ -617,7 +638,7 @@ def test_a_run_and_its_predictions(tmp_path: Path) -> None:
     with alone_on_the_cpu(tmp_path / "cache"):
         predictor = load_predictor(str(made.folder))
         found, pairs = predictor.logits(texts), predictor.logits(texts, texts[::-1])
-    assert predictor.model.forward_pass.packing is not None
+    assert predictor.model.is_known
     for i, text in enumerate(texts):
         for logits, given in ((found, (text,)), (pairs, (text, texts[-1 - i]))):
             one = tokenizer(*given, truncation=True, max_length=16, return_tensors="pt")

@@ -46,8 +46,6 @@ CPU = RuntimeError(
 )
 NUMPY = MemoryError("Unable to allocate 2.00 GiB for an array with shape (268435456,) and data type float64")
 NEVER = 10**9
-# What these tests found; the mark goes with the fault.
-unfixed = pytest.mark.xfail(reason="found by this test, and not mended yet", strict=True)
 # Plain gradient descent without a bound: a gradient that counts twice shows in the next loss. Adam would hide it.
 RECIPE: dict[str, Any] = {
     "training": {"optim": "sgd", "learning_rate": 0.3, "max_grad_norm": None},
@@ -215,7 +213,6 @@ def test_it_halves_until_it_fits(place: Path, undisturbed: Outcome) -> None:
     assert saved_budgets(outcome.folder) == {2: 64, 4: 16, 6: 16, 8: 16}
 
 
-@unfixed
 def test_no_micro_batch_is_tried_twice(place: Path, undisturbed: Outcome) -> None:
     """A budget far above the global batch is not halved step by step, with the same computation failing every time."""
     memory = Memory(holds=32, steps=(3, NEVER))
@@ -242,7 +239,6 @@ def test_padded_as_well(place: Path, undisturbed: Outcome) -> None:
     check_like(outcome, undisturbed)
 
 
-@unfixed
 def test_evaluation_in_smaller_micro_batches(place: Path, undisturbed: Outcome) -> None:
     """And training goes on with its dropout: what follows an evaluation is what shows it."""
     memory = Memory(holds=32, where="evaluation", steps=(0, 4))
@@ -262,7 +258,7 @@ def test_the_last_evaluation_in_smaller_micro_batches(place: Path, undisturbed: 
     assert set(outcome.json("results.json")) == {"train", "validation", "test"}
 
 
-@pytest.mark.parametrize("mode", [pytest.param(True, marks=unfixed), False], ids=["training", "evaluating"])
+@pytest.mark.parametrize("mode", [True, False], ids=["training", "evaluating"])
 def test_a_failed_evaluation_leaves_the_mode_of_the_model(place: Path, mode: bool) -> None:
     with alone_on_the_cpu(place / "datasets-cache"):
         inputs = read_inputs(load_recipe(place / "tiny.yaml", []))
@@ -528,7 +524,6 @@ while time.monotonic() < end:
 """
 
 
-@pytest.mark.xfail(reason="both write the same temporary file", strict=False)
 def test_two_wishes_at_once(tmp_path: Path) -> None:
     """Balanced shares run out of memory together."""
     command = [sys.executable, "-c", WISHING, str(tmp_path)]
@@ -613,9 +608,6 @@ def test_the_same_line_with_resume_goes_on(
 
 
 @pytest.mark.launch
-@pytest.mark.xfail(
-    reason="process 0 dies in a collective and says so, at length, instead of what happened", strict=False
-)
 def test_whoever_watches_is_told_what_happened(launches: list[tuple[Outcome, dict[str, Any], int | None]]) -> None:
     for (outcome, status, _), step in zip(launches[:2], (0, 5), strict=True):
         assert (status["state"], status["exit_code"], status["step"]) == ("failed", 1, step)

@@ -65,8 +65,8 @@ def attend(
     is_causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
     if packing is None and attention_mask is None and is_causal:
         attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
-    groups = getattr(module, "num_key_value_groups", 1)  # queries that share a key, as in EuroBERT
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    if (groups := getattr(module, "num_key_value_groups", 1)) > 1:  # queries that share a key, as in EuroBERT
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     keys = site.forward_pass.at(site) if p else None
     if packing is None:
@@ -120,11 +120,9 @@ def packed_attention(
         scaling: factor of the scores.
     """
     if keys is not None:
-        counts = packing.alike
-        shares = zip(keys[0].split(counts), keys[1].split(counts), strict=True)
 
-        def dropping(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-            return explicit(q, k, v, mask, p, next(shares), scaling)
+        def dropping(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, examples: slice) -> Tensor:
+            return explicit(q, k, v, mask, p, (keys[0][examples], keys[1][examples]), scaling)
 
         return _padded(query, key, value, packing, packing.groups, window, dropping)
     if query.device.type == "cpu":
@@ -136,10 +134,12 @@ def packed_attention(
     if fits and not has_window_elsewhere and (varlen := _varlen_kernel(query.device)) is not None:
         return varlen(query, key, value, packing, window, scaling)
 
-    def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, _: slice) -> Tensor:
         return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
 
-    return _padded(query, key, value, packing, [packing], window, fused)
+    # All together in one call, unless that would be mostly padding.
+    is_sparse = len(packing.lengths) * packing.longest > 2 * len(packing.examples)
+    return _padded(query, key, value, packing, packing.groups if is_sparse else [packing], window, fused)
 
 
 def _first_only(query: Tensor, packing: Packing) -> bool:
@@ -169,22 +169,27 @@ def _padded(
     packing: Packing,
     groups: list[Packing],
     window: int | None,
-    compute: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
+    compute: Callable[[Tensor, Tensor, Tensor, Tensor | None, slice], Tensor],
 ) -> Tensor:
-    """`compute` on groups of examples, padded within each group: only attention, which is little of a model, is padded."""
+    """`compute` on groups of examples, padded within each group: only attention, which is little of a model, is padded.
+
+    Besides queries, keys, values and mask it is told which examples they are of.
+    """
     first_only = _first_only(query, packing)
     sizes = [len(group.examples) for group in groups]
     rows = [part.transpose(1, 2).split(sizes, 1) for part in (key, value)]
     queries = query.split([len(group.lengths) for group in groups]) if first_only else query.split(sizes, 2)
-    found = []
+    found, start = [], 0
     for group, q, k, v in zip(groups, queries, *rows, strict=True):
+        examples = slice(start, start := start + len(group.lengths))
         padded = q if first_only else group.pad(q.transpose(1, 2)).transpose(1, 2)
         mask = None if min(group.lengths) == group.longest else group.mask[:, None, None]
         if window is not None and group.longest > window:
             places = torch.arange(group.longest, device=q.device)
             near = (places[: padded.shape[2], None] - places).abs() < window
             mask = near if mask is None else near & mask
-        out = compute(padded, group.pad(k).transpose(1, 2), group.pad(v).transpose(1, 2), mask).transpose(1, 2)
+        parts = (padded, group.pad(k).transpose(1, 2), group.pad(v).transpose(1, 2))
+        out = compute(*parts, mask, examples).transpose(1, 2)
         found.append(out if first_only else group.unpad(out))
     return torch.cat(found, 0 if first_only else 1)
 

@@ -113,10 +113,20 @@ class Packing:
 
     @cached_property
     def groups(self) -> list[Packing]:
-        """Packings of the neighbours that are `alike`."""
-        ends = np.cumsum(self.alike).tolist()
-        packings = [Packing.of(self.lengths[end - n : end]) for n, end in zip(self.alike, ends, strict=True)]
-        return [packing.apply(lambda tensor: tensor.to(self.bounds.device)) for packing in packings]
+        """Packings of the neighbours that are `alike`, cut out where they lie, since a copy would wait for the device."""
+        found, example, token = [], 0, 0
+        for count, tokens in zip(self.alike, self.tokens_of(self.alike), strict=True):
+            last, end = example + count, token + tokens
+            found.append(
+                Packing(
+                    self.lengths[example:last],
+                    self.examples[token:end] - example,
+                    self.positions[token:end],
+                    self.bounds[example : last + 1] - token,
+                )
+            )
+            example, token = last, end
+        return found
 
     @cached_property
     def _masks(self) -> dict[tuple[int | None, bool, torch.dtype], list[Tensor | None]]:

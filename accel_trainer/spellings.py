@@ -149,7 +149,7 @@ _COMPILE = Answered(_CONFIG, "set dynamo_backend in the accelerate config")
 _DEVICE = Answered(_CONFIG, "use the accelerate config of that kind of device, such as cpu.yaml")
 _DDP = Answered("the program sets it so that every process does the same work", "leave it out")
 _LOADER = Answered("tokenised data are read in place and batches made by the program", "leave it out")
-_LAYOUT = Answered("micro-batches are padded to their own longest text, and hold texts of like length", "leave it out")
+_LAYOUT = Answered("no padding is computed where the encoder allows it, and little elsewhere", "leave it out")
 _COMMAND = "it says how to run, not what to compute"
 _OUTPUT = Answered(_COMMAND, "give --output_dir on the command line")
 _RESUME = Answered(_COMMAND, "give --resume on the command line")
@@ -215,7 +215,7 @@ ANSWERED: dict[str, Answered] = {
     **dict.fromkeys(
         ["group_by_length", "length_column_name", "train_sampling_strategy"],
         Answered(
-            "micro-batches are of similar length anyway, while the order over global batches stays random",
+            "no padding is computed, or little, while the order over global batches stays random",
             "leave it out",
         ),
     ),

@@ -477,9 +477,12 @@ def main() -> None:
     parser.add_argument(
         "--max_length", action="store_true", help="pad to max_length in every task, not on waimai alone"
     )
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="of those that packed is compared with")
     arguments = parser.parse_args()
     for bench in benches(arguments):
         entered = contenders(bench, max_length=arguments.max_length or bench.task.pads_to_max_length)
+        if arguments.only:
+            entered = [contender for contender in entered if contender.name in (PACKED, *arguments.only)]
         take_turns(entered)
         print(f"{heading()}\n\n{describe(bench, arguments)}\n")
         print("\n".join(table(bench, entered)), flush=True)

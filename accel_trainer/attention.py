@@ -138,7 +138,7 @@ def packed_attention(
         return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
 
     # All together in one call, unless that would be mostly padding.
-    is_sparse = len(packing.lengths) * packing.longest > 2 * len(packing.examples)
+    is_sparse = len(packing.lengths) * packing.max_seqlen > 2 * len(packing.examples)
     return _padded(query, key, value, packing, packing.groups if is_sparse else [packing], window, fused)
 
 
@@ -151,7 +151,7 @@ def _in_short_calls(
 ) -> Tensor:
     """One fused call for each long example, or for some short ones behind a mask: what a CPU does fastest."""
     first_only = _first_only(query, packing)
-    sizes = packing.tokens_of(packing.short)
+    sizes = packing.short_tokens
     queries = query.transpose(0, 2).split(packing.short, 2) if first_only else query.split(sizes, 2)
     masks = packing.masks(window, first_only=first_only, dtype=query.dtype)
     found = [
@@ -183,9 +183,9 @@ def _padded(
     for group, q, k, v in zip(groups, queries, *rows, strict=True):
         examples = slice(start, start := start + len(group.lengths))
         padded = q if first_only else group.pad(q.transpose(1, 2)).transpose(1, 2)
-        mask = None if min(group.lengths) == group.longest else group.mask[:, None, None]
-        if window is not None and group.longest > window:
-            places = torch.arange(group.longest, device=q.device)
+        mask = None if min(group.lengths) == group.max_seqlen else group.mask[:, None, None]
+        if window is not None and group.max_seqlen > window:
+            places = torch.arange(group.max_seqlen, device=q.device)
             near = (places[: padded.shape[2], None] - places).abs() < window
             mask = near if mask is None else near & mask
         parts = (padded, group.pad(k).transpose(1, 2), group.pad(v).transpose(1, 2))
@@ -227,9 +227,9 @@ def _varlen_kernel(
         sides = (-1, -1) if window is None else (window - 1, window - 1)
         if first_only:
             ones = torch.arange(len(packing.lengths) + 1, dtype=torch.int32, device=device)
-            bounds = (ones, packing.bounds, 1, packing.longest)
+            bounds = (ones, packing.cu_seqlens, 1, packing.max_seqlen)
             return kernel(query[:, :, 0], k, v, *bounds, window=sides, scaling=scaling).unsqueeze(1)
-        bounds = (packing.bounds, packing.bounds, packing.longest, packing.longest)
+        bounds = (packing.cu_seqlens, packing.cu_seqlens, packing.max_seqlen, packing.max_seqlen)
         return kernel(query[0].transpose(0, 1), k, v, *bounds, window=sides, scaling=scaling).unsqueeze(0)
 
     return attend_in_row

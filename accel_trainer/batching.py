@@ -63,6 +63,14 @@ def token_budget(device_type: str, memory_bytes: int | None, weights_bytes: int,
     return max(LEAST_TOKENS, min(most, fitting // LEAST_TOKENS * LEAST_TOKENS))
 
 
+def smaller_budget(max_tokens: int, tokens: int) -> int:
+    """The token budget halved until a micro-batch of so many tokens, which did not fit, is cut."""
+    assert tokens > 1
+    while max_tokens >= tokens:
+        max_tokens //= 2
+    return max_tokens
+
+
 def _cutter(ordered: Indices, *, packed: bool) -> Callable[[int], list[int]]:
     """Return the function that cuts lengths into stretches: from a capacity to the end of each, in order.
 

@@ -7,7 +7,7 @@
       manifest.json            size and SHA-256 of every file above
 
 Tensors are safetensors, the rest is JSON: nothing is ever unpickled. No random state is stored, because none is needed:
-the order of the examples is a function of the step, the learning rate too, and torch is seeded anew for each step.
+order of the examples, dropout and learning rate are functions of the step.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from accel_trainer import attention, dropout, last_layer
 from accel_trainer.dropout import ForwardPass
+from accel_trainer.model import is_stock_encoder
 from accel_trainer.packing import Packing
 from accel_trainer.tokenization import OFFSET_POSITIONS, Batch
 
@@ -40,10 +41,10 @@ class Classifier(nn.Module):
     @property
     def is_known(self) -> bool:
         """Whether the model is one of transformers' own, of a family that is held to be the same packed as padded."""
-        config, stock = self.model.config, type(self.model).__module__.startswith("transformers.models.")
         # Chunks of a row are not those of its examples, and each is a call of its dropout.
-        odd = getattr(config, "is_decoder", False) or getattr(config, "chunk_size_feed_forward", 0)
-        return self.can_pack and stock and config.model_type in PACKED and not odd
+        chunked = getattr(self.model.config, "chunk_size_feed_forward", 0)
+        family = self.model.config.model_type
+        return self.can_pack and is_stock_encoder(self.model) and family in PACKED and not chunked
 
     def forward(
         self, inputs: dict[str, Tensor], example_keys: Tensor | None = None, packing: Packing | None = None
@@ -96,7 +97,8 @@ def _position_ids(model: PreTrainedModel, input_ids: Tensor, packing: Packing) -
 def strays(classifier: Classifier, together: Batch, alone: Sequence[Batch]) -> float:
     """How far logits in training depend on anything but their example: padding, neighbours, layout, torch's random stream.
 
-    Learns on the way which dropouts are of something that the examples share, such as a table of positions.
+    Learns on the way, where `together` is padded, which dropouts are of something that the examples share, such as a table of
+    positions; a model that has such a thing does not pack.
 
     Args:
         classifier: on the CPU, before it is prepared; its mode is left as it was.

@@ -43,10 +43,8 @@ def predict_logits(
     computed = []
     try:
         for micro_batch in divided[accelerator.process_index]:
-            batch = tokens.batch(micro_batch.indices, packed=packed)
-            with out_of_memory_named(len(micro_batch.indices), batch.positions):
-                if accelerator.device.type == "cuda":  # which reads pinned memory while this process makes the next
-                    batch = batch.apply(torch.Tensor.pin_memory)
+            batch = tokens.batch(micro_batch.indices, packed=packed).pinned_for(accelerator.device)
+            with out_of_memory_named(len(micro_batch.indices), batch.num_positions):
                 batch = batch.on(accelerator.device)
                 logits = model(batch.inputs, packing=batch.packing).float()
             if micro_batch.weight:

@@ -20,7 +20,7 @@ from accel_trainer.tokenization import Batch
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedMicroBatch:
     """A micro-batch as tensors. Legend: b examples."""
 
     batch: Batch
@@ -28,17 +28,18 @@ class Loaded:
     example_keys: Tensor  # (b, 4), see `dropout.example_keys`
     weight: float  # 0.0 for a filler
 
-    def on(self, device: torch.device) -> Loaded:
-        """The same on its device; from pinned memory nobody waits for the copy."""
-        labels, keys = (tensor.to(device, non_blocking=True) for tensor in (self.labels, self.example_keys))
-        return Loaded(self.batch.on(device), labels, keys, self.weight)
+    def on(self, device: torch.device) -> LoadedMicroBatch:
+        """The same on its device, as `Batch.on`."""
+        tensors, free = (self.labels, self.example_keys), device.type == "cuda"
+        labels, keys = (tensor.to(device, non_blocking=free) for tensor in tensors)
+        return LoadedMicroBatch(self.batch.on(device), labels, keys, self.weight)
 
 
 @dataclass(frozen=True)
 class StepWork:
     """One process's share of a step, and the size of the whole."""
 
-    micro_batches: Sequence[Loaded]
+    micro_batches: Sequence[LoadedMicroBatch]
     examples: int  # of the global batch
     tokens: int  # real tokens of the global batch
     positions: int  # real and padding tokens computed for it, fillers left out
@@ -54,9 +55,9 @@ class Feed:
     num_processes: int
     process_index: int
     packed: bool
-    pinned: bool  # in memory that a GPU reads by itself
-    _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "feed"))
-    _ahead: tuple[tuple[int, int], Future[StepWork]] | None = None
+    device: torch.device  # where it will be computed
+    _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "feed"), init=False, repr=False)
+    _ahead: tuple[tuple[int, int], Future[StepWork]] | None = field(default=None, init=False, repr=False)
 
     def take(self, step: int, max_tokens: int) -> StepWork:
         """The work of a step at a token budget; that of the next is begun."""
@@ -91,15 +92,15 @@ class Feed:
         costs = self.split.tokens.costs(packed=self.packed)[rows]
         return rows, batching.divide_batch(costs, self.num_processes, max_tokens, packed=self.packed)
 
-    def load(self, step: int, rows: order.Rows, micro_batches: Sequence[batching.MicroBatch]) -> list[Loaded]:
+    def load(self, step: int, rows: order.Rows, micro_batches: Sequence[batching.MicroBatch]) -> list[LoadedMicroBatch]:
         """Micro-batches of a step as tensors."""
         loaded = []
         for micro_batch in micro_batches:
             taken = rows[micro_batch.indices]
-            batch = self.split.tokens.batch(taken, packed=self.packed)
+            batch = self.split.tokens.batch(taken, packed=self.packed).pinned_for(self.device)
             labels = torch.from_numpy(np.asarray(self.split.rows.labels[taken]))
             keys = dropout.example_keys(taken, seed=self.training.seed, step=step)
-            if self.pinned:
-                batch, labels, keys = batch.apply(Tensor.pin_memory), labels.pin_memory(), keys.pin_memory()
-            loaded.append(Loaded(batch, labels, keys, micro_batch.weight))
+            if self.device.type == "cuda":
+                labels, keys = labels.pin_memory(), keys.pin_memory()
+            loaded.append(LoadedMicroBatch(batch, labels, keys, micro_batch.weight))
         return loaded

@@ -9,7 +9,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -88,7 +88,9 @@ def keep_freed_memory() -> None:
     """
     if platform.libc_ver()[0] == "glibc":
         library = ctypes.CDLL(None)
-        library.mallopt(M_MMAP_THRESHOLD, 2**30)
+        for threshold in (2**30, 2**25):  # older versions take no more than the second
+            if library.mallopt(M_MMAP_THRESHOLD, threshold):
+                break
         library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
@@ -99,9 +101,18 @@ def smallest_memory(accelerator: Accelerator) -> int | None:
     if device.type == "cuda":
         own = torch.cuda.get_device_properties(device).total_memory
     elif device.type == "cpu" and "SC_PHYS_PAGES" in os.sysconf_names:
-        own = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        whole = min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), container_memory())
+        own = whole // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     smallest = min(gather_object([own]))
     return None if smallest < 0 else int(smallest)
+
+
+def container_memory() -> int:
+    """Memory in bytes that this process's container may use, by version 2 or 1 of Linux's control groups; else more than any."""
+    for place in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # no such file; "max"
+            return int(Path(place).read_text(encoding="ascii"))
+    return 2**63
 
 
 def tokens_per_device(accelerator: Accelerator, needs: tuple[int, int], given: int | None) -> int:
@@ -109,7 +120,7 @@ def tokens_per_device(accelerator: Accelerator, needs: tuple[int, int], given: i
 
     Args:
         accelerator: the run's.
-        needs: `model.bytes_in_training`.
+        needs: `model.memory_needs`.
         given: on the command line, None if it is not.
 
     Raises:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from accel_trainer.attention import attend
 from accel_trainer.dropout import ForwardPass
-from accel_trainer.model import encoder_layers
+from accel_trainer.model import encoder_layers, is_stock_encoder
 
 # Each takes a layer, hidden states (n, t, d), those of the first tokens (b, 1, d), the mask of these, and what else the model
 # hands to its layers; and returns what the layer makes of the first tokens, (b, 1, d).
@@ -107,9 +107,8 @@ FIRST_TOKEN_LAYERS: dict[str, Callable[..., Tensor]] = {
 
 def reads_first_token_only(model: PreTrainedModel) -> bool:
     """Whether the head of a classifier is known to read nothing but each example's first token."""
-    is_stock = type(model).__module__.startswith("transformers.models.")  # another may read what it likes
     pooling = getattr(model.config, "classifier_pooling", "cls")  # ModernBERT's may be the mean
-    return is_stock and model.config.model_type in FIRST_TOKEN_LAYERS and pooling == "cls"
+    return is_stock_encoder(model) and model.config.model_type in FIRST_TOKEN_LAYERS and pooling == "cls"
 
 
 def _last(model: PreTrainedModel) -> tuple[nn.Module | None, int]:

@@ -1,4 +1,4 @@
-"""The loss: a sum over examples, divided by the size of the global batch in one place (`train.training_step`)."""
+"""The loss: a sum over examples, divided by the size of the global batch in one place (`train.add_gradients`)."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -205,16 +205,34 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     }
 
 
-def bytes_in_training(model: PreTrainedModel) -> tuple[int, int]:
-    """Rough needs of memory in float32: for weights with gradients and AdamW's two averages, and for one token's activations.
+class MemoryNeeds(NamedTuple):
+    """Rough needs of training in float32."""
+
+    weights_bytes: int  # weights, and of those that are trained gradient and AdamW's two averages
+    bytes_per_token: int  # activations that are kept for the backward pass
+
+
+def memory_needs(model: PreTrainedModel, longest: int, *, gradient_checkpointing: bool = False) -> MemoryNeeds:
+    """What training a model on texts of up to `longest` tokens keeps in memory.
 
     A layer keeps about 16 vectors of its width for each token, and 4 of the feed-forward's (assumption: counted in a BERT
-    layer with dropout, and rounded up for what the backward pass needs besides).
+    layer with dropout, and rounded up for what the backward pass needs besides); with attention dropout also 9 bytes for each
+    head and token that it looks at: weights before and after dropout, and what is kept. Checkpointed, it keeps its input.
     """
     counts, config = count_parameters(model), model.config
     width, layers = getattr(config, "hidden_size", 768), getattr(config, "num_hidden_layers", 12)
     inner = getattr(config, "intermediate_size", None) or getattr(config, "hidden_dim", None) or 4 * width
-    return 4 * counts["total"] + 12 * counts["trainable"], 4 * layers * (16 * width + 4 * inner)
+    layer = 4 * (16 * width + 4 * inner)
+    if any(getattr(config, name, None) for name in DROPOUT_NAMES["attention_dropout"]):
+        layer += 9 * getattr(config, "num_attention_heads", 12) * longest
+    kept = layer + 4 * width * layers if gradient_checkpointing else layer * layers
+    return MemoryNeeds(4 * counts["total"] + 12 * counts["trainable"], kept)
+
+
+def is_stock_encoder(model: PreTrainedModel) -> bool:
+    """Whether a classifier is transformers' own, not remote code that may do as it likes, and looks both ways."""
+    is_decoder = getattr(model.config, "is_decoder", False)
+    return type(model).__module__.startswith("transformers.models.") and not is_decoder
 
 
 def weights_sha256(state: dict[str, Any]) -> str:

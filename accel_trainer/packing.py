@@ -1,6 +1,6 @@
 """Examples one after the other in a single row, without padding, and where each of them stands.
 
-Legend: b examples, t tokens of all of them together.
+Legend: b examples, t tokens of all of them together. `cu_seqlens` and `max_seqlen` are FlashAttention's names.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Packing:
     lengths: tuple[int, ...]  # (b,) on the host, so that nobody waits for a device to learn them
     examples: Tensor  # (t,) int64, the example that each token belongs to
     positions: Tensor  # (t,) int32, its place in the example, from 0
-    bounds: Tensor  # (b + 1,) int32, where each example starts, and where the last one ends
+    cu_seqlens: Tensor  # (b + 1,) int32, where each example starts, and where the last one ends
 
     @classmethod
     def of(cls, lengths: Sequence[int] | npt.NDArray[np.int64]) -> Packing:
@@ -44,32 +44,32 @@ class Packing:
 
     def apply(self, move: Callable[[Tensor], Tensor]) -> Packing:
         """The same packing with its tensors moved."""
-        return Packing(self.lengths, move(self.examples), move(self.positions), move(self.bounds))
+        return Packing(self.lengths, move(self.examples), move(self.positions), move(self.cu_seqlens))
 
     @property
-    def longest(self) -> int:
+    def max_seqlen(self) -> int:
         """Tokens of the longest example."""
         return max(self.lengths)
 
     @cached_property
     def starts(self) -> Tensor:
         """First token of each example, (b,) int64."""
-        return self.bounds[:-1].long()
+        return self.cu_seqlens[:-1].long()
 
     @cached_property
     def mask(self) -> Tensor:
         """Which places of the padded examples hold a token, (b, longest) bool."""
-        places = torch.arange(self.longest, device=self.bounds.device)
-        return places < self.bounds.diff().unsqueeze(-1)
+        places = torch.arange(self.max_seqlen, device=self.cu_seqlens.device)
+        return places < self.cu_seqlens.diff().unsqueeze(-1)
 
     @cached_property
     def _places(self) -> Tensor:
-        return self.examples * self.longest + self.positions
+        return self.examples * self.max_seqlen + self.positions
 
     def pad(self, x: Tensor) -> Tensor:
         """Each example in a row of its own, zeros after it: (1, t, …) → (b, longest, …)."""
-        padded = x.new_zeros(len(self.lengths) * self.longest, *x.shape[2:])
-        return padded.index_copy(0, self._places, x[0]).view(len(self.lengths), self.longest, *x.shape[2:])
+        padded = x.new_zeros(len(self.lengths) * self.max_seqlen, *x.shape[2:])
+        return padded.index_copy(0, self._places, x[0]).view(len(self.lengths), self.max_seqlen, *x.shape[2:])
 
     def unpad(self, x: Tensor) -> Tensor:
         """The inverse of `pad`: (b, longest, …) → (1, t, …)."""
@@ -106,6 +106,11 @@ class Packing:
                 longest = length
         return counts
 
+    @cached_property
+    def short_tokens(self) -> list[int]:
+        """Tokens of the examples that are `short` together."""
+        return self.tokens_of(self.short)
+
     def tokens_of(self, counts: Sequence[int]) -> list[int]:
         """Tokens of so many neighbouring examples at a time."""
         bounds = np.concatenate([[0], np.cumsum(self.lengths)])[np.concatenate([[0], np.cumsum(counts)])]
@@ -122,7 +127,7 @@ class Packing:
                     self.lengths[example:last],
                     self.examples[token:end] - example,
                     self.positions[token:end],
-                    self.bounds[example : last + 1] - token,
+                    self.cu_seqlens[example : last + 1] - token,
                 )
             )
             example, token = last, end
@@ -145,7 +150,7 @@ class Packing:
         """
         key = window, first_only, dtype
         if key not in self._masks:
-            sizes = self.tokens_of(self.short)
+            sizes = self.short_tokens
             made: list[Tensor | None] = []
             for count, example, place in zip(
                 self.short, self.examples.split(sizes), self.positions.split(sizes), strict=True

@@ -28,11 +28,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from accel_trainer import hardware, metrics
 from accel_trainer.artifacts import predictions
+from accel_trainer.batching import smaller_budget
 from accel_trainer.classifier import Classifier
 from accel_trainer.data import rows_of_role
-from accel_trainer.errors import CannotLoad, DataError, UserError
+from accel_trainer.errors import CannotLoad, DataError, OutOfMemory, UserError
 from accel_trainer.evaluation import Logits, predict_logits
-from accel_trainer.model import bytes_in_training
+from accel_trainer.model import memory_needs
 from accel_trainer.recipe import DatasetSection, EvaluationSection, Recipe, SplitsSection
 from accel_trainer.sources import Table, read_files
 from accel_trainer.tokenization import longest_input, tokens_of_texts
@@ -42,7 +43,7 @@ from accel_trainer.writing import replaced
 ROWS_AT_ONCE = 10_000  # rows in memory; enough for micro-batches of similar length, little enough for long texts
 
 
-@dataclass(frozen=True)
+@dataclass
 class Predictor:
     """A trained model ready to label text on the device at hand."""
 
@@ -57,8 +58,14 @@ class Predictor:
     def logits(self, texts: list[str], pairs: list[str] | None = None) -> Logits:
         """Logits of some texts, or pairs of texts, in their order; shape (texts, num_labels)."""
         tokens = tokens_of_texts(self.tokenizer, [texts] if pairs is None else [texts, pairs], self.max_length)
-        packed = self.model.is_known
-        return predict_logits(self.accelerator, self.model, tokens, self.max_tokens, packed=packed)
+        while True:
+            try:
+                packed = self.model.is_known
+                return predict_logits(self.accelerator, self.model, tokens, self.max_tokens, packed=packed)
+            except OutOfMemory as error:
+                if error.examples == 1:
+                    raise OutOfMemory(f"{error}: a single text does not fit; use a larger device, or a CPU") from error
+                self.max_tokens = smaller_budget(self.max_tokens, error.tokens)
 
 
 def load_predictor(
@@ -92,13 +99,14 @@ def load_predictor(
     except (OSError, ValueError) as error:
         raise CannotLoad("RUN_OR_MODEL", path, error) from error
     accelerator = hardware.start_accelerator()
+    max_length = longest_input(None, tokenizer, model.config)
     return Predictor(
         model=Classifier(model).to(accelerator.device).eval(),
         tokenizer=tokenizer,
         accelerator=accelerator,
         label_names=[str(model.config.id2label[i]) for i in range(model.config.num_labels)],
-        max_length=longest_input(None, tokenizer, model.config),
-        max_tokens=hardware.tokens_per_device(accelerator, bytes_in_training(model), max_tokens_per_device),
+        max_length=max_length,
+        max_tokens=hardware.tokens_per_device(accelerator, memory_needs(model, max_length), max_tokens_per_device),
         recipe=recipe,
     )
 

@@ -18,12 +18,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from accel_trainer import artifacts, checkpoint, hardware, order
+from accel_trainer.batching import smaller_budget
 from accel_trainer.classifier import Classifier, strays
 from accel_trainer.data import Split
 from accel_trainer.errors import OutOfMemory, RunFolderError, UserError
 from accel_trainer.feed import Feed, StepWork
 from accel_trainer.inputs import Inputs, differences, flat, mathematics
-from accel_trainer.model import DROPOUT_NAMES, bytes_in_training, count_parameters
+from accel_trainer.model import DROPOUT_NAMES, count_parameters, memory_needs
 from accel_trainer.optim import (
     build_optimizer,
     build_scheduler,
@@ -133,7 +134,10 @@ def prepare(
         except ValueError as error:
             raise UserError(f"--gradient_checkpointing: {error} Leave the option out") from error
     classifier = Classifier(inputs.model)
-    packed = choose_layout(classifier, inputs.splits["train"], layout, accelerator.device)
+    with hardware.together(accelerator):
+        packed = choose_layout(classifier, inputs.splits["train"], layout, accelerator.device)
+    packed = all(gather_object([packed]))  # a trial could end differently on another machine
+    longest = int(inputs.splits["train"].tokens.lengths.max())
     groups = parameter_groups(inputs.model, recipe.training)
     optimizer = build_optimizer(groups, recipe.training, accelerator.device)
     # The schedule stays unprepared: Accelerate's wrapper would move it once per process and update.
@@ -157,9 +161,13 @@ def prepare(
             num_processes=accelerator.num_processes,
             process_index=accelerator.process_index,
             packed=packed,
-            pinned=accelerator.device.type == "cuda",
+            device=accelerator.device,
         ),
-        max_tokens=hardware.tokens_per_device(accelerator, bytes_in_training(inputs.model), max_tokens_per_device),
+        max_tokens=hardware.tokens_per_device(
+            accelerator,
+            memory_needs(inputs.model, longest, gradient_checkpointing=gradient_checkpointing),
+            max_tokens_per_device,
+        ),
     )
 
 
@@ -356,6 +364,7 @@ def save(run: Run) -> None:
                 "max_tokens_per_device": run.max_tokens,
             },
         )
+        run.folder.forget_token_budget()
         shutil.rmtree(run.folder.best_before, ignore_errors=True)
         checkpoint.rotate(run.folder.checkpoints, run.inputs.recipe.saving.save_total_limit, run.state.step)
         run.folder.set_status("running", run.state.step)
@@ -395,6 +404,11 @@ def restore(run: Run, path: Path, allow_changed: Sequence[str], *, keep_token_bu
     run.state = TrainerState(**saved["state"])
     if keep_token_budget:  # the same micro-batches add up in the same order, to the same bits; but a smaller device
         run.max_tokens = min(run.max_tokens, saved["max_tokens_per_device"])  # must not take a larger one's
+        if run.max_tokens < saved["max_tokens_per_device"]:
+            logger.info(
+                "note: micro-batches of %d tokens, not %d as before: rounding differs. --max_tokens_per_device %d repeats it",
+                *(run.max_tokens, saved["max_tokens_per_device"], saved["max_tokens_per_device"]),
+            )
 
 
 def continue_run(run: Run, path: Path | None, allow_changed: Sequence[str], *, keep_token_budget: bool) -> None:
@@ -417,7 +431,7 @@ def continue_run(run: Run, path: Path | None, allow_changed: Sequence[str], *, k
     with hardware.together(run.accelerator):
         if path is not None:
             restore(run, path, allow_changed, keep_token_budget=keep_token_budget)
-    if keep_token_budget:  # what a process out of memory asked for; storage need not be shared
+    if keep_token_budget:  # and what a process out of memory asked for
         run.max_tokens = min(gather_object([min(run.max_tokens, run.folder.token_budget() or run.max_tokens)]))
     steps = gather_object([run.state.step])
     if len(set(steps)) > 1:
@@ -449,8 +463,7 @@ def halve_token_budget(run: Run, error: OutOfMemory) -> None:
             f"{error}: even single examples do not fit; shorten dataset.max_length, or use --gradient_checkpointing, a smaller "
             "checkpoint or a larger device. The last checkpoint is kept"
         ) from error
-    while run.max_tokens >= error.tokens:  # or the same micro-batch would be computed again
-        run.max_tokens //= 2
+    run.max_tokens = smaller_budget(run.max_tokens, error.tokens)
     if run.accelerator.num_processes == 1:
         logger.warning("out of memory: going on with micro-batches of %d tokens (%s)", run.max_tokens, str(error))
         return

@@ -1,6 +1,7 @@
 """The output folder of a run: its names, and how each file in it is written.
 
 recipe.yaml  run.json  status.json  metrics.jsonl  results.json
+token_budget.json (from an out-of-memory of one of several processes to the next checkpoint)
 checkpoints/  best/  model/  predictions/
 """
 
@@ -97,6 +98,10 @@ class RunFolder:
         """Ask for micro-batches of so many tokens when the run goes on. Any process may; the smallest counts."""
         write_json(self._token_budget, {"max_tokens_per_device": min(max_tokens, self.token_budget() or max_tokens)})
 
+    def forget_token_budget(self) -> None:
+        """What was asked for is in force, and in the checkpoint from now on."""
+        self._token_budget.unlink(missing_ok=True)
+
     def weights_step(self, folder: Path) -> int | None:
         """Optimizer step of the weights in `best/` or its like; None if there are none or they are damaged."""
         if damage(folder) is not None:
@@ -167,6 +172,8 @@ def open_run_folder(folder: RunFolder, *, resume: bool) -> None:
         raise RunFolderError(
             f"--output_dir {path}: a run lies there already ({state}); continue it with --resume, or choose another folder"
         )
+    if not resume:
+        folder.forget_token_budget()
     restore_interrupted(folder.best)
     restore_interrupted(folder.model)
 
@@ -191,7 +198,8 @@ def watched(folder: RunFolder, is_main_process: bool) -> Iterator[Watch]:
     try:
         yield watch
     except Interrupted as error:
-        report("interrupted", error.exit_code, str(error))
+        if folder.status().get("state") != "failed":  # another process failed, and the launcher ends the others
+            report("interrupted", error.exit_code, str(error))
         raise
     except BaseException as error:
         told = folder.status()

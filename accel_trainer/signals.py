@@ -72,20 +72,24 @@ class StopRequest:
             raise StopSignal
         self._asked_at = now if self._asked_at is None else self._asked_at
 
-    def agreed(self, accelerator: Accelerator) -> bool:
+    def agreed(self, accelerator: Accelerator, *, now: bool = False) -> bool:
         """Whether any process was asked to stop; the same answer on all of them. To be asked once per step.
 
         Several processes agree about once in `AGREEMENT` seconds and not at every step, because that waits for the device.
         Collective then.
+
+        Args:
+            accelerator: the run's.
+            now: after the last step, or whatever else all of them know to be worth it.
         """
         if accelerator.num_processes == 1:
             return self._asked_at is not None
         self._steps += 1
-        if self._steps < self._interval:
+        if self._steps < self._interval and not now:
             return False
-        now = time.monotonic()
-        mine = [float(self._asked_at is not None), (now - self._agreed_at) / self._steps]
+        at = time.monotonic()
+        mine = [float(self._asked_at is not None), (at - self._agreed_at) / self._steps]
         asked, seconds = accelerator.reduce(torch.tensor(mine, device=accelerator.device), "sum").tolist()
         seconds_per_step = max(seconds / accelerator.num_processes, 1e-6)
-        self._interval, self._steps, self._agreed_at = min(max(int(AGREEMENT / seconds_per_step), 1), 100), 0, now
+        self._interval, self._steps, self._agreed_at = min(max(int(AGREEMENT / seconds_per_step), 1), 100), 0, at
         return bool(asked > 0)

@@ -157,7 +157,7 @@ class Batch:
     packing: Packing | None  # where the examples stand in the one row; None: padded
 
     @property
-    def positions(self) -> int:
+    def num_positions(self) -> int:
         """Tokens that are computed, padding included."""
         return self.inputs["input_ids"].numel()
 
@@ -167,8 +167,12 @@ class Batch:
         return Batch(inputs, None if self.packing is None else self.packing.apply(move))
 
     def on(self, device: torch.device) -> Batch:
-        """The same batch on its device; from pinned memory nobody waits for the copy."""
-        return self.apply(lambda tensor: tensor.to(device, non_blocking=True))
+        """The same batch on its device. From pinned memory to CUDA nobody waits for the copy; elsewhere it would not be safe."""
+        return self.apply(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
+
+    def pinned_for(self, device: torch.device) -> Batch:
+        """The same batch in memory that a CUDA device reads by itself; unchanged for others."""
+        return self.apply(torch.Tensor.pin_memory) if device.type == "cuda" else self
 
 
 @dataclass(frozen=True)
@@ -245,10 +249,25 @@ def tokens_of_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[list[str
     encoded: dict[str, Any] = encode(tokenizer, texts, max_length)
     return Tokens(
         columns={name: encoded[name] for name in token_columns(tokenizer)},
-        lengths=np.asarray(encoded["length"], dtype=np.int64),
+        lengths=some_tokens(np.asarray(encoded["length"], dtype=np.int64)),
         truncated=sum(encoded["truncated"]),
         pad_token_id=int(tokenizer.pad_token_id or 0),
     )
+
+
+def some_tokens(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The lengths as they are.
+
+    Raises:
+        DataError: a row has no token at all, as an empty text where the tokenizer adds no special tokens.
+    """
+    empty = np.flatnonzero(lengths == 0)
+    if len(empty):
+        raise DataError(
+            f"the tokenizer makes no token of {len(empty)} rows, the first of them row {empty[0] + 1} of {len(lengths)}; complete or "
+            "remove them, or use a tokenizer that adds special tokens"
+        )
+    return lengths
 
 
 def tokens_cache() -> Path:
@@ -296,7 +315,7 @@ def cached_tokens(table: datasets.Dataset, sha256: str, tokenizer: PreTrainedTok
         ) from error
     return Tokens(
         columns={name: TokenColumn(encoded.column(name)) for name in names},
-        lengths=encoded.column("length").to_numpy().astype(np.int64),
+        lengths=some_tokens(encoded.column("length").to_numpy().astype(np.int64)),
         truncated=int(np.count_nonzero(encoded.column("truncated").to_numpy())),
         pad_token_id=int(tokenizer.pad_token_id or 0),
     )

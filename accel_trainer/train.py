@@ -37,7 +37,7 @@ from accel_trainer.errors import (
     UserError,
 )
 from accel_trainer.evaluation import Logits, predict_logits
-from accel_trainer.feed import Loaded
+from accel_trainer.feed import LoadedMicroBatch
 from accel_trainer.hardware import out_of_memory_named
 from accel_trainer.inputs import read_inputs_together
 from accel_trainer.library import find_recipe
@@ -179,7 +179,9 @@ def fit(run: Run, stop: StopRequest, stop_after: int | None = None) -> None:
         TrainingFailed: loss or gradient are not finite.
     """
     state, plan = run.state, run.plan
-    loss_sum = torch.zeros((), device=run.accelerator.device)  # this process's share since it was last read
+    # This process's share since it was last read; wide, so that it does not matter when that was.
+    wide = torch.float32 if run.accelerator.device.type in ("mps", "xla") else torch.float64
+    loss_sum = torch.zeros((), dtype=wide, device=run.accelerator.device)
     progress = Progress(plan.total_steps, state.step, main_process=run.is_main)
     run.model.train()
     try:
@@ -196,14 +198,15 @@ def fit(run: Run, stop: StopRequest, stop_after: int | None = None) -> None:
                 continue  # the same step again, in smaller micro-batches
             state.add(done)
             loss_sum = loss_sum + done.loss_sum
-            progress.step(done.work.tokens)
 
-            stopping = stop.agreed(run.accelerator) or state.step == stop_after
+            is_last = state.step == plan.total_steps
+            stopping = stop.agreed(run.accelerator, now=is_last) or state.step == stop_after
             logs, evaluates, saves = plan.logs_at(state.step), plan.evaluates_at(state.step), plan.saves_at(state.step)
             if logs or evaluates or saves or stopping:
                 state.loss_sum += float(run.accelerator.reduce(loss_sum, "sum"))
                 loss_sum = torch.zeros_like(loss_sum)
                 check_finite(state, float(done.grad_norm))
+            progress.step(done.work.tokens)
             state.seconds["train"] += time.perf_counter() - started
             if logs:
                 log(run, done, progress)
@@ -232,7 +235,7 @@ def training_step(run: Run, step: int) -> StepStatistics:
     return StepStatistics(loss_sum, grad_norm, float(learning_rate), work)
 
 
-def add_gradients(run: Run, micro_batches: Sequence[Loaded], global_batch_size: int) -> torch.Tensor:
+def add_gradients(run: Run, micro_batches: Sequence[LoadedMicroBatch], global_batch_size: int) -> torch.Tensor:
     """Add up one process's share of the gradient of a global batch.
 
     Args:
@@ -250,7 +253,7 @@ def add_gradients(run: Run, micro_batches: Sequence[Loaded], global_batch_size: 
     loss_sum = torch.zeros((), device=accelerator.device)
     for i, loaded in enumerate(micro_batches):
         is_last = i == len(micro_batches) - 1
-        named = out_of_memory_named(len(loaded.labels), loaded.batch.positions)
+        named = out_of_memory_named(len(loaded.labels), loaded.batch.num_positions)
         with named, nullcontext() if is_last else accelerator.no_sync(run.model):
             here = loaded.on(accelerator.device)
             logits = run.model(here.batch.inputs, here.example_keys, here.batch.packing)
@@ -272,8 +275,15 @@ def apply_gradients(run: Run) -> torch.Tensor:
         GradientOverflow: fp16 gradients overflowed; nothing was updated and the scale is smaller now.
         TrainingFailed: they overflow at any scale.
     """
-    grad_norm = clip_gradients(run.accelerator, run.model, run.inputs.recipe.training.max_grad_norm)
-    update(run)
+    try:
+        with out_of_memory_named():
+            grad_norm = clip_gradients(run.accelerator, run.model, run.inputs.recipe.training.max_grad_norm)
+            update(run)
+    except OutOfMemory as error:  # not repeated: some weights may have moved, and no micro-batch is too large
+        raise TrainingFailed(
+            f"{error}: the optimizer's state does not fit; use a smaller checkpoint or a larger device. "
+            "The last checkpoint is kept"
+        ) from error
     run.scheduler.step()
     return grad_norm
 
@@ -293,14 +303,7 @@ def update(run: Run) -> None:
     # A fused optimizer skips inside its kernel, so that Accelerate's `optimizer_step_was_skipped` stays false: the scale
     # tells, which falls when and only when a step was skipped.
     scale = None if scaler is None else scaler.get_scale()
-    try:
-        with out_of_memory_named():
-            run.optimizer.step()
-    except OutOfMemory as error:  # not repeated: some weights may have moved, and no micro-batch is too large
-        raise TrainingFailed(
-            f"{error}: the optimizer's state does not fit; use a smaller checkpoint, FSDP, or a larger device. "
-            "The last checkpoint is kept"
-        ) from error
+    run.optimizer.step()
     run.optimizer.zero_grad()
     if scaler is None or scale is None or scaler.get_scale() >= scale:
         return

@@ -20,6 +20,7 @@ from accel_trainer.batching import (
     divide_batch,
     divide_split,
     padded_lengths,
+    smaller_budget,
     token_budget,
 )
 
@@ -357,6 +358,14 @@ def test_a_micro_batch_counts_in_full_unless_said_otherwise():
 
 
 BERT_BASE = (16 * 110_000_000, 4 * 12 * (16 * 768 + 4 * 3072))
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "tokens", "smaller"),
+    [(4096, 4096, 2048), (4096, 90, 64), (4096, 64, 32), (3, 2, 1), (4096, 4097, 4096)],
+)
+def test_a_smaller_budget_cuts_what_did_not_fit(max_tokens, tokens, smaller):
+    assert smaller_budget(max_tokens, tokens) == smaller
 
 
 def test_the_budget_is_what_fits_and_no_more_than_is_of_use():

@@ -56,7 +56,7 @@ class Recorder(torch.nn.Module):
         if packing is None:
             first, lengths = ids[:, 0], inputs["attention_mask"].sum(-1)
         else:
-            first, lengths = ids[0, packing.starts], packing.bounds.diff()
+            first, lengths = ids[0, packing.starts], packing.cu_seqlens.diff()
         self.calls.append((len(first), ids.numel()))
         self.modes.append(self.training)
         return torch.stack([first, lengths], dim=1).double()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from accel_trainer import dropout, order
 from accel_trainer.data import Split
-from accel_trainer.feed import Feed, Loaded, StepWork
+from accel_trainer.feed import Feed, LoadedMicroBatch, StepWork
 from accel_trainer.recipe import TrainingSection
 from accel_trainer.tokenization import Tokens
 
@@ -59,14 +59,14 @@ class Counting(Feed):
 def feed(packed: bool = True, processes: int = 1, process: int = 0) -> Counting:
     tokens = Tokens({"input_ids": TEXTS}, LENGTHS, truncated=0, pad_token_id=0)
     rows: Any = type("Rows", (), {"labels": LABELS, "__len__": lambda self: ROWS})()
-    return Counting(Split(rows, tokens), TRAINING, processes, process, packed=packed, pinned=False)
+    return Counting(Split(rows, tokens), TRAINING, processes, process, packed=packed, device=torch.device("cpu"))
 
 
 def rows_of(step: int) -> order.Rows:
     return order.global_batch(step, seed=SEED, num_examples=ROWS, global_batch_size=GLOBAL_BATCH)
 
 
-def texts(loaded: Loaded) -> list[tuple[int, ...]]:
+def texts(loaded: LoadedMicroBatch) -> list[tuple[int, ...]]:
     """The examples of a micro-batch, read back from its tensors."""
     ids = loaded.batch.inputs["input_ids"]
     if loaded.batch.packing is not None:
@@ -228,7 +228,7 @@ def test_on_a_device_it_is_the_same() -> None:
     moved = loaded.on(torch.device("meta"))
     packing = moved.batch.packing
     assert packing is not None
-    tensors = [*moved.batch.inputs.values(), moved.labels, moved.example_keys, packing.examples, packing.bounds]
+    tensors = [*moved.batch.inputs.values(), moved.labels, moved.example_keys, packing.examples, packing.cu_seqlens]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert plain(loaded.on(torch.device("cpu"))) == plain(loaded)
 

@@ -48,10 +48,10 @@ def test_every_token_knows_its_example_and_its_place(lengths: list[int]) -> None
     assert all(type(length) is int for length in packing.lengths)
     assert packing.examples.tolist() == [i for i, _ in tokens]
     assert packing.positions.tolist() == [place for _, place in tokens]
-    assert packing.bounds.tolist() == starts
+    assert packing.cu_seqlens.tolist() == starts
     assert packing.starts.tolist() == starts[:-1]
-    assert packing.longest == max(lengths)
-    types = [packing.examples.dtype, packing.positions.dtype, packing.bounds.dtype, packing.starts.dtype]
+    assert packing.max_seqlen == max(lengths)
+    types = [packing.examples.dtype, packing.positions.dtype, packing.cu_seqlens.dtype, packing.starts.dtype]
     assert types == [torch.int64, torch.int32, torch.int32, torch.int64]  # kernels and hashes want 32 bits
     assert packing.mask.dtype == torch.bool
     assert packing.mask.tolist() == [[place < n for place in range(max(lengths))] for n in lengths]
@@ -101,9 +101,9 @@ def test_moving(lengths: list[int]) -> None:
         return tensor.clone()
 
     moved = packing.apply(move)
-    assert {id(tensor) for tensor in seen} == {id(packing.examples), id(packing.positions), id(packing.bounds)}
+    assert {id(tensor) for tensor in seen} == {id(packing.examples), id(packing.positions), id(packing.cu_seqlens)}
     assert moved.lengths == packing.lengths
-    for name in ("examples", "positions", "bounds", "mask", "starts"):
+    for name in ("examples", "positions", "cu_seqlens", "mask", "starts"):
         assert torch.equal(getattr(moved, name), getattr(packing, name))
         assert getattr(moved, name) is not getattr(packing, name)
 
@@ -151,7 +151,7 @@ def test_examples_of_like_length_are_padded_together(lengths: list[int]) -> None
     assert [list(group.lengths) for group in packing.groups] == together
     for group, expected in zip(packing.groups, together, strict=True):
         assert torch.equal(group.positions, Packing.of(expected).positions)
-        assert torch.equal(group.bounds, Packing.of(expected).bounds)
+        assert torch.equal(group.cu_seqlens, Packing.of(expected).cu_seqlens)
 
 
 # ------------------------------------------------------------------------------------------------------------------------
@@ -540,8 +540,8 @@ def test_attention_drops_the_weights_of_the_padded_examples(
     packing, keys = Packing.of(lengths), site_keys(len(lengths))
     query, key, value = made(lengths, torch.float64, False)
     k, v, q = (packing.pad(x.transpose(1, 2)).transpose(1, 2) for x in (key, value, query))
-    places = torch.arange(packing.longest)
-    near = (places[:, None] - places).abs() < (window or packing.longest)
+    places = torch.arange(packing.max_seqlen)
+    near = (places[:, None] - places).abs() < (window or packing.max_seqlen)
     whole = explicit(q, k, v, packing.mask[:, None, None] & near, p, keys, SCALING).transpose(1, 2)  # (b, q, h, d)
     if first_only:
         query = query[0][:, packing.starts].transpose(0, 1).unsqueeze(2)

@@ -9,13 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet
 import pytest
+import torch
 from harness import Outcome, alone_on_the_cpu, run_trainer, write_recipe_in
 from support import reviews, write_csv
 
 from accel_trainer import predict
-from accel_trainer.errors import DataError, UserError
+from accel_trainer.errors import DataError, OutOfMemory, UserError
 from accel_trainer.predict import Predictor, evaluate_file, load_predictor, predict_file, predict_texts
 from accel_trainer.tracking import speak_on
 
@@ -131,6 +133,29 @@ def test_the_budget_changes_nothing(run: Outcome, tmp_path: Path, budget: int) -
         one = load_predictor(str(run.folder), max_tokens_per_device=budget)
         other = load_predictor(str(run.folder))
         check(predict_texts(one, texts), predict_texts(other, texts))
+
+
+def test_out_of_memory_takes_fewer_at_a_time(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [text for text, _ in reviews(30)]
+    whole = predictor.logits(texts)
+    compute, sizes = predictor.model.model.forward, []
+
+    def holds(most: int) -> None:
+        def forward(**inputs: Any) -> Any:
+            sizes.append(inputs["input_ids"].numel())
+            if sizes[-1] > most:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            return compute(**inputs)
+
+        monkeypatch.setattr(predictor.model.model, "forward", forward)
+
+    holds(100)
+    np.testing.assert_allclose(predictor.logits(texts), whole, rtol=0, atol=1e-5)
+    assert predictor.max_tokens == 64
+    assert [size for size in sizes if size > 100] == [186, 126]  # all 30 texts, then as many as 128 tokens hold
+    holds(0)
+    with pytest.raises(OutOfMemory, match="a single text does not fit"):
+        predictor.logits(texts)
 
 
 def test_an_unknown_suffix(predictor: Predictor, tmp_path: Path) -> None:

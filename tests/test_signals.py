@@ -195,6 +195,18 @@ def test_several_processes_agree_after_the_first_step_and_then_once_a_second(
     assert agreements(clock, Together(), [seconds] * 400) == list(range(1, 401, steps))
 
 
+def test_a_moment_that_all_know_of_does_not_wait(clock: Time) -> None:
+    group: Any = Together()
+    with StopRequest() as stop:
+        assert not stop.agreed(group)  # after the first step
+        clock.now += 0.01
+        for _ in range(5):
+            assert not stop.agreed(group)
+        assert group.calls == 1
+        assert not stop.agreed(group, now=True)
+        assert group.calls == 2
+
+
 def test_one_process_alone_knows_at_every_step(clock: Time) -> None:
     with pytest.raises(Interrupted, match="honoured"), StopRequest() as stop:
         for _ in range(5):

@@ -25,7 +25,7 @@ from transformers import (
 
 from accel_trainer import tokenization
 from accel_trainer.data import load_labelled, tokenise
-from accel_trainer.errors import CannotLoad, UserError
+from accel_trainer.errors import CannotLoad, DataError, UserError
 from accel_trainer.recipe import DatasetSection, ModelSection, TokenizerTraining
 from accel_trainer.tokenization import (
     TokenColumn,
@@ -40,6 +40,14 @@ from accel_trainer.tokenization import (
 
 TEXTS = [text for text, _ in reviews(60)]
 REPLIES = [text for text, _ in reviews(60, seed=1)][::-1]
+
+
+def test_a_row_without_any_token_is_refused():
+    """Packed, it would be given another row's logits."""
+    bare = PreTrainedTokenizerFast(tokenizer_object=trained().backend_tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+    bare.backend_tokenizer.post_processor = None
+    with pytest.raises(DataError, match=r"no token of 2 rows, the first of them row 2 of 4"):
+        tokens_of_texts(bare, [["good", "", "soup", " "]], 16)
 
 
 def trained(**settings):

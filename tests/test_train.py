@@ -412,7 +412,7 @@ def test_averaged_gradients_are_those_of_the_global_batch(
             model=classifier,
             optimizer=optimizer,
             scheduler=scheduler,
-            feed=Feed(split, resolved.training, processes, index, packed, pinned=False),
+            feed=Feed(split, resolved.training, processes, index, packed, device=torch.device("cpu")),
             max_tokens=max_tokens,
         )
         done = training_step(run, step)

@@ -255,12 +255,12 @@ sys.path.insert(0, {tests!r})
 import test_feed
 from accel_trainer.feed import Feed
 
-work, begun = Feed.work, threading.Event()
+work, begun, released = Feed.work, threading.Event(), threading.Event()
 
 def slow(self, step, max_tokens):
     if step:
         begun.set()
-        time.sleep(1)
+        released.wait(60)
     return work(self, step, max_tokens)
 
 Feed.work = slow
@@ -278,8 +278,12 @@ feed.take(0, 100)
 begun.wait()
 if case == "waiting":
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
-    feed.take(1, 100)  # waits for the thread
+    try:
+        feed.take(1, 100)  # waits for the thread
+    finally:
+        released.set()
 else:
+    threading.Timer(0.5, released.set).start()
     raise KeyboardInterrupt
 print("never", flush=True)
 """

@@ -3,7 +3,7 @@
     checkpoints/checkpoint-250/
       model.safetensors        weights by name
       optimizer.safetensors    optimizer state, "<parameter> <entry>" → tensor
-      trainer_state.json       step, scaler, best metric, token budget, the mathematics of the run
+      trainer_state.json       format, step, scaler, best metric, token budget, the mathematics of the run
       manifest.json            size and SHA-256 of every file above
 
 Tensors are safetensors, the rest is JSON: nothing is ever unpickled. No random state is stored, because none is needed:
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from accel_trainer.errors import RunFolderError
-from accel_trainer.writing import committed, damage
+from accel_trainer.writing import committed, damage, remove
 
+FILES = ("model.safetensors", "optimizer.safetensors", "trainer_state.json")
+FORMAT = "accel_trainer checkpoint 1"  # in trainer_state.json; another number where an older program would misread it
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -39,11 +40,25 @@ def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest undamaged checkpoint, None if there is none; and what is wrong with the newer ones."""
     complaints: list[str] = []
     for _, path in reversed(checkpoints(folder)):
-        reason = damage(path)
+        reason = flaw(path)
         if reason is None:
             return path, complaints
-        complaints.append(f"{path} is damaged: {reason}; an older checkpoint is used")
+        complaints.append(f"{path} is damaged: {reason}; it is passed over")
     return None, complaints
+
+
+def flaw(path: Path) -> str | None:
+    """What keeps a checkpoint from being used, found before anything of it is; None if it is sound."""
+    reason = damage(path, FILES)
+    if reason is not None:
+        return reason
+    try:
+        state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        return f"trainer_state.json cannot be read ({type(error).__name__})"
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        return f"trainer_state.json is not that of an {FORMAT}"
+    return None
 
 
 def rotate(folder: Path, keep: int | None, newest: int) -> None:
@@ -53,7 +68,7 @@ def rotate(folder: Path, keep: int | None, newest: int) -> None:
     """
     if keep is not None:
         for _, path in [entry for entry in checkpoints(folder) if entry[0] <= newest][:-keep]:
-            shutil.rmtree(path, ignore_errors=True)  # what is left of it has no manifest to pass for sound
+            remove(path)
 
 
 def abandon_later(folder: Path, step: int) -> None:
@@ -61,14 +76,8 @@ def abandon_later(folder: Path, step: int) -> None:
     for later, path in checkpoints(folder):
         if later > step:
             abandoned = path.with_name(f"abandoned-{path.name}")
-            shutil.rmtree(abandoned, ignore_errors=True)
+            remove(abandoned)
             path.rename(abandoned)
-
-
-def sweep(folder: Path) -> None:
-    """Remove what killed processes left half written."""
-    for path in folder.glob(".*.writing"):
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def save_checkpoint(
@@ -89,7 +98,8 @@ def save_checkpoint(
     with committed(folder / f"checkpoint-{step}") as writing:
         save_tensors(model, writing / "model.safetensors")
         save_tensors(optimizer, writing / "optimizer.safetensors")
-        (writing / "trainer_state.json").write_text(json.dumps(state, indent=2, ensure_ascii=False), encoding="utf-8")
+        text = json.dumps({"format": FORMAT, **state}, indent=2, ensure_ascii=False)
+        (writing / "trainer_state.json").write_text(text, encoding="utf-8")
     return folder / f"checkpoint-{step}"
 
 
@@ -99,10 +109,11 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], d
     Raises:
         RunFolderError: it is damaged or no checkpoint; nothing of it was used.
     """
-    reason = damage(path)
+    reason = flaw(path)
     if reason is not None:
         raise RunFolderError(f"{path}: {reason}; use another checkpoint, or --resume to take the newest sound one")
     state: dict[str, Any] = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+    del state["format"]
     return load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors"), state
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from accel_trainer import checkpoint, writing
 from accel_trainer.checkpoint import (
@@ -21,7 +22,6 @@ from accel_trainer.checkpoint import (
     rotate,
     save_checkpoint,
     save_tensors,
-    sweep,
 )
 from accel_trainer.errors import RunFolderError
 from accel_trainer.writing import MANIFEST, damage, restore_interrupted
@@ -83,9 +83,13 @@ def test_a_disk_that_fills_up_at_any_moment(
                 said = str(error)
         if not disk.failed:
             break
-        assert "No space left on device" in said
-        assert "--output_dir" in said
-        failures += 1
+        if said:
+            assert "No space left on device" in said
+            assert "--output_dir" in said
+            failures += 1
+        else:  # what lay aside could not be renamed to be deleted: the new one is written, and the next sweep tries again
+            assert existed
+            assert load_checkpoint(final)[2] == STATE
         restore_interrupted(final)  # as the next start does, for what a dead process could not
         if final.exists():
             assert damage(final) is None
@@ -118,12 +122,12 @@ def test_tied_and_strided_tensors(tmp_path: Path) -> None:
     save_tensors(
         {"a": weight, "tied": weight, "turned": weight.t(), "empty": torch.empty(0)}, tmp_path / "x.safetensors"
     )
-    loaded = checkpoint.load_file(tmp_path / "x.safetensors")
+    loaded = load_file(tmp_path / "x.safetensors")
     assert torch.equal(loaded["a"], weight)
     assert torch.equal(loaded["tied"], weight)
     assert torch.equal(loaded["turned"], weight.t())
     save_tensors({}, tmp_path / "none.safetensors")
-    assert checkpoint.load_file(tmp_path / "none.safetensors") == {}
+    assert load_file(tmp_path / "none.safetensors") == {}
 
 
 def test_nothing_pickled_inside(tmp_path: Path) -> None:
@@ -220,14 +224,3 @@ def test_later_checkpoints_are_laid_aside(tmp_path: Path) -> None:
         "abandoned-checkpoint-10",
     }
     assert newest_sound(tmp_path) == (tmp_path / "checkpoint-3", [])
-
-
-def test_sweep(tmp_path: Path) -> None:
-    path = save_checkpoint(tmp_path, 3, WEIGHTS, OPTIMIZER, STATE)
-    for name in (".checkpoint-4.writing", ".checkpoint-3.writing"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "model.safetensors").write_bytes(b"half")
-    sweep(tmp_path)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint-3"]
-    assert damage(path) is None
-    sweep(tmp_path / "none")

@@ -7,7 +7,7 @@ import json
 import os
 import resource
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from accel_trainer.errors import RunFolderError
-from accel_trainer.writing import MANIFEST, committed, damage, replaced, restore_interrupted
+from accel_trainer.writing import MANIFEST, committed, damage, remove, replaced, restore_interrupted, sweep
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -43,6 +43,19 @@ def test_a_folder_appears_whole(tmp_path: Path) -> None:
         assert (final / "one.txt").read_text() == "new"
     assert set(contents(final)) == {"three.txt", MANIFEST}
     assert [path.name for path in final.parent.iterdir()] == ["final"]
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o007, 0o660)])
+def test_whoever_may_read_the_text_may_read_the_weights(tmp_path: Path, mask: int, mode: int) -> None:
+    """safetensors makes its files for the owner alone."""
+    before = os.umask(mask)
+    try:
+        with committed(tmp_path / "final") as writing:
+            save_file({"a": torch.ones(3)}, writing / "model.safetensors")
+            (writing / "training.json").write_text("{}")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "final").iterdir()} == {mode}
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left")])
@@ -95,23 +108,72 @@ def test_manifest_is_inside_before_the_name_is_given(tmp_path: Path, monkeypatch
     for text in ("first", "second"):
         with committed(final) as writing:
             fill(writing, text)
-    assert seen == [(".final.writing", None), ("final", None), (".final.writing", None)]
+    assert seen == [
+        (".final.writing", None),
+        ("final", None),
+        (".final.writing", None),
+        (".final.old", None),  # on its way out
+    ]
 
 
-def test_files_reach_the_disk_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    events: list[str] = []
-    fsync, rename = os.fsync, Path.rename
-    monkeypatch.setattr(
-        os, "fsync", lambda fd: (events.append(Path(f"/proc/self/fd/{fd}").readlink().name), fsync(fd))[1]
-    )
-    monkeypatch.setattr(Path, "rename", lambda self, target: (events.append("rename"), rename(self, target))[1])
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of what is flushed, and the renames between."""
     if not Path("/proc/self/fd").exists():
         pytest.skip("no /proc to read names of descriptors from")
+    events: list[str] = []
+    fsync, rename, replace = os.fsync, Path.rename, Path.replace
+
+    def flushing(descriptor: int) -> None:
+        events.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    def renaming(self: Path, target: Path) -> Path:
+        events.append("rename")
+        return rename(self, target)
+
+    def replacing(self: Path, target: Path) -> Path:
+        events.append("replace")
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", flushing)
+    monkeypatch.setattr(Path, "rename", renaming)
+    monkeypatch.setattr(Path, "replace", replacing)
+    return events
+
+
+def test_files_reach_the_disk_before_the_name(tmp_path: Path, events: list[str]) -> None:
     with committed(tmp_path / "final") as writing:
         fill(writing, "x")
     before, after = events[: events.index("rename")], events[events.index("rename") + 1 :]
-    assert set(before) == {"one.txt", "two.txt", MANIFEST, ".final.writing"}
+    assert sorted(before[:2]) == ["one.txt", "two.txt"]
+    assert before[2:] == [MANIFEST, "sub", ".final.writing"]
     assert after == [tmp_path.name]
+    events.clear()
+    with committed(tmp_path / "final") as writing:
+        fill(writing, "x")
+    # Both renames reach the disk before what they replace is deleted, which begins with a rename.
+    assert events[5:] == ["rename", "rename", tmp_path.name, "rename"]
+
+
+def test_a_file_reaches_the_disk_before_its_name(tmp_path: Path, events: list[str]) -> None:
+    """And so do the folders that had to be made for it."""
+    with replaced(tmp_path / "one" / "two" / "x.txt") as writing:
+        writing.write_text("x")
+    assert events == [tmp_path.name, "one", f".x.txt.{os.getpid()}.writing", "replace", "two"]
+
+
+@pytest.mark.parametrize(("number", "told"), [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)])
+def test_a_disk_that_cannot_flush(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, told: bool) -> None:
+    """Some network storage does not know the call for folders; a disk that fails at it is another matter."""
+
+    def failing(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(RunFolderError) if told else nullcontext(), committed(tmp_path / "final") as writing:
+        fill(writing, "x")
+    assert (tmp_path / "final").exists() != told
 
 
 def test_restore_interrupted(tmp_path: Path) -> None:
@@ -128,10 +190,92 @@ def test_restore_interrupted(tmp_path: Path) -> None:
     assert (final / "x").read_text() == "old"
 
 
+def test_what_lies_aside_is_not_lost_to_a_second_death(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between the two renames; written again without a sweep in between, and killed once more."""
+    final = tmp_path / "final"
+    with committed(final) as writing:
+        fill(writing, "old")
+    final.rename(tmp_path / ".final.old")
+
+    class Killed(BaseException):
+        pass
+
+    rename = Path.rename
+
+    def dying(self: Path, target: Path) -> Path:
+        if self.name.endswith(".writing"):
+            raise Killed
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", dying)
+    with pytest.raises(Killed), committed(final) as writing:
+        fill(writing, "new")
+    sweep(tmp_path)
+    assert damage(final) is None
+    assert (final / "one.txt").read_text() == "old"
+
+
+def test_a_removed_folder_loses_its_name_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    final, doomed = tmp_path / "final", tmp_path / ".final.deleted"
+    remove(final)
+    assert list(tmp_path.iterdir()) == []
+    with committed(final) as writing:
+        fill(writing, "x")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", full)
+        remove(final)
+    assert not final.exists()
+    assert damage(doomed) is None
+    with committed(final) as writing:  # what could not be deleted before is in nobody's way
+        fill(writing, "y")
+    remove(final)
+    assert list(tmp_path.iterdir()) == []
+
+
+def full(*_: Any, **__: Any) -> None:
+    raise OSError(errno.EACCES, "Permission denied")
+
+
+def test_sweep(tmp_path: Path) -> None:
+    run, inner = tmp_path, tmp_path / "inner"
+    for name in ("best", "model", ".model.old", ".best.writing", ".best.old.deleted"):
+        with committed(run / name) as writing:
+            fill(writing, name)
+    for name in (".checkpoint-3.old", ".checkpoint-4.writing", ".checkpoint-1.deleted", "checkpoint-2"):
+        with committed(inner / name) as writing:
+            fill(writing, name)
+    (inner / ".checkpoint-3.old").rename(run / ".lost.old")
+    for name in (".status.json.123.writing", ".hidden", "notes.writing", "notes.old", ".best-before"):
+        (run / name).write_text("x")
+    sweep(run, inner, run / "none")
+    assert {path.name for path in run.iterdir()} == {
+        *("best", "model", "lost", "inner", ".hidden", "notes.writing", "notes.old", ".best-before")
+    }
+    assert (run / "model" / "one.txt").read_text() == "model"
+    assert (run / "lost" / "one.txt").read_text() == ".checkpoint-3.old"
+    assert {path.name for path in inner.iterdir()} == {"checkpoint-2"}
+    before = contents(run)
+    sweep(run, inner)
+    assert contents(run) == before
+
+
+def test_what_cannot_be_put_back_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".best.old").mkdir()
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(RunFolderError, match=r"cannot rename .*\.best\.old to best: Permission denied"):
+        sweep(tmp_path)
+    assert (tmp_path / ".best.old").exists()
+
+
 def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(bytes(data))
+
+
+def exchanged(folder: Path) -> None:
+    (folder / "trainer_state.json").unlink()
+    (folder / "trainer_state.json").mkdir()
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
@@ -139,7 +283,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "changed": (lambda folder: flip(folder / "optimizer.safetensors"), "other contents"),
     "missing": (lambda folder: (folder / "trainer_state.json").unlink(), "trainer_state.json is missing"),
     "replaced by a folder": (
-        lambda folder: ((folder / "trainer_state.json").unlink(), (folder / "trainer_state.json").mkdir()),
+        exchanged,
         "trainer_state.json is missing",
     ),
     "no manifest": (lambda folder: (folder / MANIFEST).unlink(), "manifest.json cannot be read"),
@@ -155,8 +299,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 def sound(tmp_path: Path) -> Path:
     """A committed folder with two binary files and a text."""
     with committed(tmp_path / "final") as writing:
-        (writing / "model.safetensors").write_bytes(bytes(range(100)))
-        (writing / "optimizer.safetensors").write_bytes(bytes(range(50)))
+        save_file({"a": torch.ones(3)}, writing / "model.safetensors")
+        save_file({"b": torch.ones(3, dtype=torch.bfloat16)}, writing / "optimizer.safetensors")
         (writing / "trainer_state.json").write_text("{}")
     return tmp_path / "final"
 

@@ -10,11 +10,11 @@ import torch
 from harness import FAMILIES, SIZES
 from keyed import DISENTANGLED, build
 
-from accel_trainer import run as module
+from accel_trainer import layout as module
 from accel_trainer.classifier import Classifier
 from accel_trainer.data import Split
 from accel_trainer.errors import UserError
-from accel_trainer.run import choose_layout
+from accel_trainer.layout import choose_layout
 from accel_trainer.tokenization import Tokens
 
 CPU, XLA = torch.device("cpu"), torch.device("xla")

@@ -58,7 +58,8 @@ def predict(arguments: argparse.Namespace) -> int:
     )
     if arguments.input:
         columns = arguments.text_column, arguments.text_pair_column
-        rows = predict_file(predictor, Path(arguments.input), Path(arguments.output), *columns)
+        source, target = Path(arguments.input), Path(arguments.output)
+        rows = predict_file(predictor, source, target, *columns, keep_formulas=arguments.keep_formulas)
         print(f"{arguments.output}: {rows} rows")
         return EXIT_DONE
     for text, record in zip(arguments.text, predict_texts(predictor, arguments.text, arguments.text_pair), strict=True):
@@ -152,6 +153,11 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--text_pair", action="append", help="the second text of a pair")
     verb.add_argument("--input", help="a table: CSV, TSV, JSON, JSONL, Parquet, Arrow or text, plain or compressed")
     verb.add_argument("--output", help="where the labelled rows go: .csv, .tsv, .jsonl or .parquet")
+    verb.add_argument(
+        "--keep_formulas",
+        action="store_true",
+        help="write cells that a spreadsheet would run as they are; without, they begin with an apostrophe in .csv, .tsv",
+    )
     verb.set_defaults(run=predict)
 
     verb = verbs.add_parser("evaluate", help="the recipe's metrics on other data")

@@ -180,6 +180,8 @@ def _draw_roles(section: DatasetSection, source: Source) -> dict[str, tuple[Tabl
         )
     table = next(iter(source.tables.values()))
     n = len(table.data)
+    if n == 0:  # a Parquet or Arrow file may be; the text formats are refused where they are read
+        raise DataError(f"{table.origins[0].name}: there are columns and no rows; add rows")
     sizes = section.splits.roles()
     bounds, total = [0], 0.0
     for size in sizes.values():

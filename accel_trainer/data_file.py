@@ -14,6 +14,7 @@ import io
 import json
 import logging
 import lzma
+import re
 import shutil
 import tempfile
 import zipfile
@@ -34,7 +35,10 @@ from accel_trainer.errors import DataError
 logger = logging.getLogger(__name__)
 
 ROWS_AT_ONCE = 1000  # what `datasets` writes per record batch; its row lookup is made for it
-LONGEST_CELL = 2**31 - 1  # bytes that one value of an Arrow string column can hold
+# Beyond these a file is damaged or made to fill memory: a quote never closed, a line that decompresses without end.
+LONGEST_CELL = 2**27  # characters, for each of which the csv module needs 4 bytes
+LONGEST_LINE = 2**28  # characters; a .json file may hold all its records in one line
+MOST_COLUMNS = 10_000
 
 # What decoders raise where a file is damaged, and the operating system for reasons of its own.
 DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError, pa.ArrowException)
@@ -115,6 +119,7 @@ def _opened(file: DataFile) -> Iterator[BinaryIO]:
 def _binary_pieces(file: DataFile, scratch: Path) -> Iterator[pa.Table]:
     with _seekable(file, scratch) as stream:
         schema, batches = (_parquet if file.format == "parquet" else _arrow)(stream)
+        _check_columns(file, len(schema))
         # `datasets` has no dictionary type, which is how pandas' categories arrive.
         plain = [f.with_type(f.type.value_type) if pa.types.is_dictionary(f.type) else f for f in schema]
         schema = pa.schema(plain, metadata=schema.metadata)  # the metadata hold the features, such as class names
@@ -204,7 +209,12 @@ def _undecodable(file: DataFile, encoding: str) -> int | None:
 def _lines(file: DataFile, encoding: str, newline: str | None = None) -> Iterator[str]:
     with _opened(file) as stream, io.TextIOWrapper(stream, encoding=encoding, newline=newline) as text:
         number = 0
-        for number, line in enumerate(text, 1):
+        for number, line in enumerate(iter(partial(text.readline, LONGEST_LINE + 1), ""), 1):
+            if len(line) > LONGEST_LINE:
+                raise DataError(
+                    f"{file.name}, line {number}: it is longer than {LONGEST_LINE} characters; break it up, "
+                    "or write the rows as lines (.jsonl)"
+                )
             if "\0" in line:
                 raise DataError(
                     f"{file.name}, line {number}: there is a NUL byte, which no text has; remove it, "
@@ -225,6 +235,7 @@ def _csv_pieces(file: DataFile, encoding: str) -> Iterator[pa.Table]:
     line, header = next(rows, (1, None))
     if header is None:
         raise DataError(f"{file.name}, line 1: there is no header, only blank lines; name the columns there")
+    _check_columns(file, len(header))
     if len(set(header)) < len(header) or not all(header):
         twice = sorted({name for name in header if name and header.count(name) > 1})
         what = f"column {twice[0]!r} is named twice" if twice else f"column {header.index('') + 1} has no name"
@@ -314,14 +325,23 @@ def _parsed(file: DataFile, text: str, first_line: int) -> Any:
 
 
 def _widened(file: DataFile, schema: pa.Schema, batch: list[_Record]) -> pa.Schema:
-    for name in dict.fromkeys(key for _, record in batch for key in record):
-        field = pa.field(name, _json_column(file, batch, name, None).type)
-        try:
-            schema = pa.unify_schemas([schema, pa.schema([field])], promote_options="permissive")
-        except pa.ArrowException as error:
-            place, record = next((p, r) for p, r in batch if r.get(name) is not None)
-            raise _misfit(file, place, name, record[name], error) from error
-    return schema
+    names = dict.fromkeys(key for _, record in batch for key in record)
+    _check_columns(file, len({*schema.names, *names}))
+    for name in names:
+        if re.search("[\ud800-\udfff]", name):
+            place = next(place for place, record in batch if name in record)
+            raise DataError(f"{file.name}, {place}: the column name {_short(name)} holds half a character; correct it")
+    fields = [pa.field(name, _json_column(file, batch, name, None).type) for name in names]
+    try:
+        return pa.unify_schemas([schema, pa.schema(fields)], promote_options="permissive")
+    except pa.ArrowException as error:
+        for field in fields:  # again, to find the column; all at once is faster by their number
+            try:
+                pa.unify_schemas([schema, pa.schema([field])], promote_options="permissive")
+            except pa.ArrowException as its_own:
+                place, record = next((p, r) for p, r in batch if r.get(field.name) is not None)
+                raise _misfit(file, place, field.name, record[field.name], its_own) from error
+        raise
 
 
 def _json_column(file: DataFile, batch: list[_Record], name: str, kind: Any) -> Any:
@@ -349,6 +369,13 @@ def _misfit(file: DataFile, place: str, column: str, value: object, error: Excep
         f"{file.name}, {place}: column {column!r} cannot hold {_short(value)} beside its other values ({error}); "
         "give all values of a column one type, such as text"
     )
+
+
+def _check_columns(file: DataFile, count: int) -> None:
+    if count > MOST_COLUMNS:
+        raise DataError(
+            f"{file.name}: there are {count} columns; keep those of texts and labels, {MOST_COLUMNS} at most"
+        )
 
 
 def _short(value: object) -> str:

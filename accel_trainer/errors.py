@@ -8,7 +8,8 @@
     │   ├── HardwareError           the accelerate config or the launch
     │   └── RunFolderError          the output folder, or a checkpoint in it
     ├── TrainingFailed              the run cannot go on (a loss that is not finite, …)
-    │   └── OutOfMemory             a micro-batch does not fit; a smaller one may
+    │   ├── OutOfMemory             a micro-batch does not fit; a smaller one may
+    │   └── ProcessLost             another process of the run died, or answers no more
     └── Interrupted                 exit code 75: a signal came; --resume goes on from what was saved
 
 Users' mistakes raise these; broken invariants of our own assert.
@@ -16,8 +17,13 @@ Users' mistakes raise these; broken invariants of our own assert.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from typing_extensions import override
+
+from accel_trainer.redaction import without_secrets
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -25,10 +31,37 @@ EXIT_USER_MISTAKE = 2
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: "try again later", which is what a scheduler should do
 
 
+MOST_MISTAKES = 100  # of a recipe that are spelt out
+
+
+def showable(text: str, longest: int) -> str:
+    """Text that a terminal shows and does not obey; of a longer one than `longest` characters, beginning and end.
+
+    Messages quote what stands in files: a name may hold an escape sequence, a cell a megabyte. The end is kept because
+    remedies stand there.
+    """
+    if len(text) > longest:
+        text = f"{text[: longest * 3 // 4]} […] {text[-longest // 4 :]}"
+    return "".join(map(_shown, text))
+
+
+def _shown(character: str) -> str:
+    # Cc: escapes and bells. Cs: no encoding has them. Zl, Zp: further line ends. Of Cf, which joins emoji too, those
+    # that turn the direction of a text, so that it reads as something else.
+    obeyed = unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") and character != "\n"
+    turns = "\u202a" <= character <= "\u202e" or "\u2066" <= character <= "\u2069"
+    return ascii(character)[1:-1] if obeyed or turns else character
+
+
 class AccelTrainerError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base of every error this package raises on purpose. No message of theirs shows a token or a password."""
 
     exit_code = EXIT_FAILED
+    longest = 4_000  # characters of a message
+
+    @override
+    def __str__(self) -> str:
+        return showable(without_secrets(super().__str__()), self.longest)
 
 
 class UserError(AccelTrainerError):
@@ -50,16 +83,21 @@ class Mistake:
     def __str__(self) -> str:
         place = self.source if self.line is None else f"{self.source}:{self.line}"
         subject = f"{place}: {self.key}" if self.key else place
-        return f"{subject}: {self.what}; {self.remedy}" if self.remedy else f"{subject}: {self.what}"
+        text = f"{subject}: {self.what}; {self.remedy}" if self.remedy else f"{subject}: {self.what}"
+        return showable(text.replace("\n", "\\n"), 1_000)
 
 
 class RecipeError(UserError):
     """All mistakes of one recipe at once."""
 
+    longest = MOST_MISTAKES * 1_000
+
     def __init__(self, mistakes: Sequence[Mistake]) -> None:
         assert mistakes
         self.mistakes = tuple(mistakes)
-        super().__init__("\n".join(str(mistake) for mistake in self.mistakes))
+        more = len(self.mistakes) - MOST_MISTAKES
+        lines = [str(mistake) for mistake in self.mistakes[:MOST_MISTAKES]]
+        super().__init__("\n".join([*lines, *([f"and {more} more mistakes"] if more > 0 else [])]))
 
 
 class DataError(UserError):
@@ -95,6 +133,10 @@ class OutOfMemory(TrainingFailed):
     def __init__(self, message: str, examples: int = 1, tokens: int = 0) -> None:
         self.examples, self.tokens = examples, tokens  # of the micro-batch, padding included
         super().__init__(message)
+
+
+class ProcessLost(TrainingFailed):
+    """Another process of the run died or answers no more: what was to be computed together cannot be."""
 
 
 class Interrupted(AccelTrainerError):

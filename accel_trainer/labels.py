@@ -16,6 +16,7 @@ Labels = npt.NDArray[np.int64]
 
 # More classes than this, and nearly as many as rows: the column holds something else than labels.
 MOST_INFERRED_CLASSES = 1000
+MOST_DIGITS = 1000  # of text that is read as a number; Python refuses to convert much more
 
 
 def is_unlabelled(value: Any) -> bool:
@@ -41,7 +42,7 @@ def canonical(value: Any) -> str | int:
 def _as_integer(value: str | int) -> int | None:
     if isinstance(value, int):
         return value
-    return int(value) if value.isascii() and value.isdigit() else None
+    return int(value) if value.isascii() and value.isdigit() and len(value) <= MOST_DIGITS else None
 
 
 def infer_names(values: Sequence[Any], label_column: str) -> list[str]:

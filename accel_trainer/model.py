@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
@@ -34,6 +34,21 @@ DROPOUT_NAMES = {
     ),
 }
 
+# Arguments of a config that are no architecture: some load code or kernels from the Hub, the others are set here.
+NOT_ARCHITECTURE = {
+    "auto_map": "code is trusted only from the command line",
+    "attn_implementation": "kernels are chosen by the hardware",
+    "experts_implementation": "kernels are chosen by the hardware",
+    "quantization_config": "a model is trained in full precision",
+    "num_labels": "dataset.labels names the classes",
+    "id2label": "dataset.labels names the classes",
+    "label2id": "dataset.labels names the classes",
+    "output_attentions": "logits are all that is needed",
+    "output_hidden_states": "logits are all that is needed",
+    "return_dict": "logits are all that is needed",
+}
+MOST_LAYERS = 1_000  # each is a Python object, made before any memory is asked for
+
 
 def load_config(
     section: ModelSection,
@@ -50,12 +65,13 @@ def load_config(
     if section.from_config is not None:
         arguments = dict(section.from_config)
         model_type = arguments.pop("model_type")
+        _check_arguments(arguments)
         try:
             config = AutoConfig.for_model(model_type, **arguments)
-        except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+            # A config keeps what it does not know as an attribute; what it knows under another name it takes in.
+            unknown = sorted(set(arguments) & set(config.to_dict()) - set(AutoConfig.for_model(model_type).to_dict()))
+        except Exception as error:  # each config class checks, computes and lets itself be overwritten as it likes
             raise UserError(f"model.from_config: transformers takes no such {model_type} config: {error}") from error
-        # A config keeps what it does not know as an attribute; what it knows under another name it takes in.
-        unknown = sorted(set(arguments) & set(config.to_dict()) - set(AutoConfig.for_model(model_type).to_dict()))
         if unknown:
             raise UserError(
                 f"model.from_config: a {model_type} config has no {', '.join(unknown)}; see its documentation"
@@ -70,6 +86,15 @@ def load_config(
             )
         except (OSError, ValueError) as error:
             raise CannotLoad("model.checkpoint", section.checkpoint, error) from error
+        kernel = getattr(config, "_attn_implementation", None)
+        if isinstance(kernel, str) and "/" in kernel and not trust_remote_code:
+            raise UserError(
+                f"model.checkpoint: the config of {section.checkpoint!r} asks for code from the Hub ({kernel!r}); "
+                "give --trust_remote_code on the command line if you trust it"
+            )
+    # A checkpoint's config may say otherwise; with a kernel of its own transformers refuses to save such a one.
+    config.output_attentions = config.output_hidden_states = False
+    config.return_dict = True
     config.id2label = dict(enumerate(label_names))
     config.label2id = {name: i for i, name in enumerate(label_names)}
     config.problem_type = "single_label_classification"
@@ -84,6 +109,20 @@ def load_config(
             )
         setattr(config, name, probability)
     return config
+
+
+def _check_arguments(arguments: dict[str, Any]) -> None:
+    """See that the arguments of a new model's config describe an architecture, of a size that can be built.
+
+    Raises:
+        UserError: they do not.
+    """
+    for name, value in arguments.items():
+        if reason := NOT_ARCHITECTURE.get(name.removeprefix("_")):
+            raise UserError(f"model.from_config: {name} is not for a recipe, {reason}; leave it out")
+        repeats = any(part in name for part in ("layer", "group", "expert"))
+        if repeats and isinstance(value, int | float) and value > MOST_LAYERS:
+            raise UserError(f"model.from_config: {name} is {value}; give at most {MOST_LAYERS}")
 
 
 def checkpoint_commit(section: ModelSection) -> str | None:
@@ -106,7 +145,8 @@ def build_model(
     if section.from_config is not None:
         try:
             model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
-        except (ValueError, TypeError, AttributeError) as error:
+            _classify_something(model)
+        except Exception as error:  # no one checks the arguments: whatever a layer does with them can be raised
             raise UserError(f"model.from_config: no {config.model_type} classifier comes of it: {error}") from error
     else:
         try:
@@ -120,7 +160,7 @@ def build_model(
                 output_loading_info=True,
                 trust_remote_code=trust_remote_code,
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise CannotLoad("model.checkpoint", section.checkpoint, error) from error
         prefix = model.base_model_prefix + "."
         foreign = sorted(
@@ -135,6 +175,17 @@ def build_model(
             )
     freeze(model, section)
     return model
+
+
+def _classify_something(model: PreTrainedModel) -> None:
+    """Let a new model classify two tokens, as a layer without width or positions cannot."""
+    training = model.training
+    model.train(False)
+    with torch.no_grad():
+        logits = model(torch.zeros(1, 2, dtype=torch.long), attention_mask=torch.ones(1, 2)).logits
+    model.train(training)
+    if logits.shape != (1, model.config.num_labels):
+        raise ValueError(f"its logits have the shape {tuple(logits.shape)}")
 
 
 def encoder_layers(model: PreTrainedModel) -> nn.ModuleList | None:

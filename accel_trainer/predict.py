@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,8 +23,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import torch
-import yaml
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from accel_trainer import hardware, metrics
@@ -31,14 +32,17 @@ from accel_trainer.artifacts import predictions
 from accel_trainer.batching import smaller_budget
 from accel_trainer.classifier import Classifier
 from accel_trainer.data import rows_of_role
+from accel_trainer.draft import Draft, Unreadable
 from accel_trainer.errors import CannotLoad, DataError, OutOfMemory, UserError
 from accel_trainer.evaluation import Logits, predict_logits
+from accel_trainer.hub import is_on_hub, use_cache_if_unreachable
 from accel_trainer.model import memory_needs
 from accel_trainer.recipe import DatasetSection, EvaluationSection, Recipe, SplitsSection
 from accel_trainer.sources import Table, read_files
 from accel_trainer.tokenization import longest_input, tokens_of_texts
 from accel_trainer.tracking import logger, quieten_libraries
 from accel_trainer.writing import replaced
+from accel_trainer.yaml_text import read_yaml
 
 ROWS_AT_ONCE = 10_000  # rows in memory; enough for micro-batches of similar length, little enough for long texts
 
@@ -85,18 +89,24 @@ def load_predictor(
     recipe = None
     if folder.is_dir() and (run / "recipe.yaml").is_file() and (run / "run.json").is_file():
         # As it stands, without looking for the files it was trained on: they may be elsewhere by now.
+        draft = Draft(str(run / "recipe.yaml"))
         try:
-            recipe = Recipe.model_validate(yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8")))
-        except (ValueError, yaml.YAMLError):
+            values = read_yaml((run / "recipe.yaml").read_text(encoding="utf-8"), draft)
+            recipe = None if draft.mistakes else Recipe.model_validate(values)
+        except (OSError, ValueError, Unreadable):
+            recipe = None
+        if recipe is None:
             logger.warning(
                 "%s: not a recipe of this version; columns and metrics are the usual ones", run / "recipe.yaml"
             )
+    if is_on_hub(name):
+        use_cache_if_unreachable()
     try:
         model = AutoModelForSequenceClassification.from_pretrained(
             name, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
         )
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise CannotLoad("RUN_OR_MODEL", path, error) from error
     accelerator = hardware.start_accelerator()
     max_length = longest_input(None, tokenizer, model.config)
@@ -117,7 +127,13 @@ def predict_texts(predictor: Predictor, texts: list[str], pairs: list[str] | Non
 
 
 def predict_file(
-    predictor: Predictor, source: Path, target: Path, text_column: str | None, text_pair_column: str | None = None
+    predictor: Predictor,
+    source: Path,
+    target: Path,
+    text_column: str | None,
+    text_pair_column: str | None = None,
+    *,
+    keep_formulas: bool = False,
 ) -> int:
     """Write the rows of a file with a prediction and probabilities each, in order.
 
@@ -127,6 +143,7 @@ def predict_file(
         target: .csv, .tsv, .jsonl or .parquet; it appears when it is complete.
         text_column: column of the text; None: the recipe's.
         text_pair_column: column of the second text; None: the recipe's.
+        keep_formulas: write cells that a spreadsheet would run into .csv and .tsv as they are.
 
     Returns:
         the number of rows.
@@ -140,12 +157,19 @@ def predict_file(
     columns = _text_columns(predictor, table, text_column, text_pair_column)
     added = {"prediction", "probabilities", *(f"probability_{name}" for name in predictor.label_names)}
     carried = [name for name in table.data.column_names if name not in added]  # a labelled file may be labelled again
-    with open_writer(target, predictor.label_names, table.data.features.arrow_schema, carried) as writer:
+    schema = table.data.features.arrow_schema
+    with open_writer(target, predictor.label_names, schema, carried, keep_formulas=keep_formulas) as writer:
         for start in range(0, len(table.data), ROWS_AT_ONCE):
             chunk = table.data[start : start + ROWS_AT_ONCE]
             texts = [_checked(chunk[column], column, table, start) for column in columns]
             records = predictions(predictor.logits(*texts), predictor.label_names)
             writer.write([{**{name: chunk[name][i] for name in carried}, **record} for i, record in enumerate(records)])
+    if writer.defused:
+        logger.warning(
+            "%s: %d cell%s that a spreadsheet would run as a formula begin%s with an apostrophe; --keep_formulas writes "
+            "them as they are, and so do .jsonl and .parquet",
+            *(target, writer.defused, *(("s", "") if writer.defused > 1 else ("", "s"))),
+        )
     return len(table.data)
 
 
@@ -176,11 +200,27 @@ def _checked(texts: list[Any], column: str, table: Table, start: int) -> list[st
 class Writer(Protocol):
     """Takes records of one shape, chunk by chunk."""
 
+    defused: int  # cells, column names included, that were marked as text for spreadsheets
+
     def write(self, records: Sequence[dict[str, Any]]) -> None:
         """Append the records."""
 
 
+# What makes a spreadsheet read a cell as a formula; tab and carriage return it skips before it looks.
+_FORMULA = re.compile(r"[=+\-@\t\r]")
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+
+
+def _defused(cell: Any) -> Any:
+    """A cell that no spreadsheet runs: text that begins like a formula, and is no number, after an apostrophe."""
+    if isinstance(cell, str) and _FORMULA.match(cell) and not _NUMBER.fullmatch(cell):
+        return f"'{cell}"
+    return cell
+
+
 class _Jsonl:
+    defused = 0
+
     def __init__(self, file: Any) -> None:
         self._file = file
 
@@ -189,18 +229,30 @@ class _Jsonl:
 
 
 class _Csv:
-    def __init__(self, file: Any, delimiter: str, columns: list[str]) -> None:
+    def __init__(self, file: Any, delimiter: str, columns: list[str], *, keep_formulas: bool) -> None:
+        self.defused = 0
+        self._keep_formulas = keep_formulas
+        self._columns = columns
         # "\r\n", because the module leaves a lone "\r" in a cell unquoted under any other line end.
-        self._writer = csv.DictWriter(file, columns, delimiter=delimiter, lineterminator="\r\n")
-        self._writer.writeheader()
+        self._writer = csv.writer(file, delimiter=delimiter, lineterminator="\r\n")
+        self._write(columns)
 
     def write(self, records: Sequence[dict[str, Any]]) -> None:
         for record in records:
             shares = {f"probability_{name}": share for name, share in record["probabilities"].items()}
-            self._writer.writerow({**{k: v for k, v in record.items() if k != "probabilities"}, **shares})
+            cells = {**record, **shares}
+            self._write([cells[column] for column in self._columns])
+
+    def _write(self, cells: Sequence[Any]) -> None:
+        if not self._keep_formulas:
+            plain, cells = cells, [_defused(cell) for cell in cells]
+            self.defused += sum(one is not other for one, other in zip(plain, cells, strict=True))
+        self._writer.writerow(cells)
 
 
 class _Parquet:
+    defused = 0
+
     def __init__(self, writer: pyarrow.parquet.ParquetWriter) -> None:
         self._writer = writer
 
@@ -209,7 +261,9 @@ class _Parquet:
 
 
 @contextmanager
-def open_writer(target: Path, label_names: list[str], schema: pa.Schema, carried: list[str]) -> Iterator[Writer]:
+def open_writer(
+    target: Path, label_names: list[str], schema: pa.Schema, carried: list[str], *, keep_formulas: bool = False
+) -> Iterator[Writer]:
     """A writer for `target`, which appears under its name when the block ends well.
 
     Args:
@@ -217,6 +271,7 @@ def open_writer(target: Path, label_names: list[str], schema: pa.Schema, carried
         label_names: names by class id.
         schema: of the table whose columns are carried over.
         carried: their names.
+        keep_formulas: leave text in .csv and .tsv as it is, whatever a spreadsheet makes of it.
 
     Raises:
         UserError: the suffix is unknown, or the file cannot be written.
@@ -235,7 +290,10 @@ def open_writer(target: Path, label_names: list[str], schema: pa.Schema, carried
             else:
                 with writing.open("w", encoding="utf-8", newline="" if suffix != ".jsonl" else None) as file:
                     names = [*carried, "prediction", *(f"probability_{name}" for name in label_names)]
-                    yield _Jsonl(file) if suffix == ".jsonl" else _Csv(file, "," if suffix == ".csv" else "\t", names)
+                    if suffix == ".jsonl":
+                        yield _Jsonl(file)
+                    else:
+                        yield _Csv(file, "," if suffix == ".csv" else "\t", names, keep_formulas=keep_formulas)
     except OSError as error:
         raise UserError(f"--output {target}: {error.strerror or error}; make space, or write elsewhere") from error
 

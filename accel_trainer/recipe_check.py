@@ -56,13 +56,14 @@ def _drop_faulty(draft: Draft) -> None:
 
 def _report_rules(draft: Draft, recipe: Recipe) -> None:
     known = frozenset(draft.faulty)
+    around = {keys[:depth] for keys in known for depth in range(len(keys))}
     for keys in sections():
         section: Any = recipe
         for key in keys:
             section = getattr(section, str(key), None)
         for broken in section.rules() if section else ():
             involved = [(*keys, *name.split(".")) for name in (broken.field, *broken.also)]
-            if not any(one[: len(two)] == two[: len(one)] for one in involved for two in known):
+            if not any(one in around or one[:depth] in known for one in involved for depth in range(1, len(one) + 1)):
                 draft.fault(involved[0], broken.what, broken.remedy)
 
 
@@ -71,8 +72,9 @@ def _report(draft: Draft, errors: Sequence[ErrorDetails]) -> None:
     kinds: dict[Keys, set[str]] = {}
     for error in errors:
         kinds.setdefault(_located(draft.values, error), set()).add(error["type"])
+    around = {keys[:depth] for keys in kinds for depth in range(len(keys))}
     for keys, found in kinds.items():
-        if not any(other != keys and other[: len(keys)] == keys for other in kinds):
+        if keys not in around:  # an alternative that was not meant
             draft.fault(keys, *_explained(draft, keys, found))
 
 

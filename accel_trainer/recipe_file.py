@@ -20,8 +20,9 @@ from accel_trainer.recipe import Recipe, Section
 from accel_trainer.recipe_check import checked
 from accel_trainer.recipe_fields import allowed_at
 from accel_trainer.recipe_paths import resolve_paths, similar_files
+from accel_trainer.redaction import holds_secret
 from accel_trainer.respelling import respell
-from accel_trainer.yaml_text import read_plain, read_yaml, write_yaml
+from accel_trainer.yaml_text import MAX_DEPTH, read_plain, read_yaml, write_yaml
 
 COMMAND_LINE = "command line"
 MAX_BYTES = 1_000_000
@@ -71,6 +72,7 @@ def parse_recipe(
     respell(draft)
     for typed in overrides:
         _apply_override(draft, typed)
+    _refuse_secrets(draft, draft.values)
     resolve_paths(draft, Path(base) if base is not None else None)
     recipe = checked(draft)
     if draft.mistakes:
@@ -155,6 +157,16 @@ def _apply_override(draft: Draft, typed: str) -> None:
     draft.suspects |= side.suspects
 
 
+def _refuse_secrets(draft: Draft, value: Any, keys: Keys = ()) -> None:
+    """A recipe is shared, and copied into every run."""
+    if isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            _refuse_secrets(draft, item, (*keys, key))
+    elif isinstance(value, str) and holds_secret(value):
+        remedy = "take it out: log in (hf auth login), or put it into the environment or ~/.netrc; a recipe is shared"
+        draft.fault(keys, "there is a token or a password in it", remedy)
+
+
 def _read_override(side: Draft, typed: str) -> Keys:
     """Read one override into a draft of its own; returns the keys it sets, none after a mistake."""
     left, equals, right = typed.partition("=")
@@ -165,6 +177,9 @@ def _read_override(side: Draft, typed: str) -> Keys:
         return ()
     if not all(keys):
         side.fault((), "an override needs a key before its =", "write section.key=value")
+        return ()
+    if len(keys) > MAX_DEPTH:
+        side.fault((), f"a key of {len(keys)} parts", "a recipe is flat; write section.key=value")
         return ()
     for depth in range(len(keys)):
         side.place(keys[: depth + 1], 0, written)

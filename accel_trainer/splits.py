@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from decimal import ROUND_HALF_EVEN, Decimal
 
 _SLICE = re.compile(r"(?P<name>[\w.\-]+)\s*(?:\[\s*(?P<start>-?[\d.]+%?)?\s*:\s*(?P<stop>-?[\d.]+%?)?\s*\])?")
-_BOUND = re.compile(r"-?(?:\d+|\d+(?:\.\d+)?%)")
+_BOUND = re.compile(r"-?(?:\d{1,18}|\d{1,18}(?:\.\d{1,18})?%)")
+MAX_SLICES = 1_000  # each is compared with each
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,10 @@ def parse_slices(expression: str) -> tuple[Slice, ...]:
         ValueError: the expression is none; the message says what is wrong with which part.
     """
     slices = []
-    for part in expression.split("+"):
+    parts = expression.split("+", MAX_SLICES)
+    if len(parts) > MAX_SLICES:
+        raise ValueError(f"more than {MAX_SLICES} slices are joined")
+    for part in parts:
         match = _SLICE.fullmatch(part.strip())
         if match is None:
             raise ValueError(f"{part.strip()!r} is no slice of a split")

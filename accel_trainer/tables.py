@@ -215,9 +215,10 @@ def _with_common_types(names: list[str], parts: list[datasets.Dataset]) -> list[
     """The parts with columns in one order and of one type, so that an all-null column goes with one of text."""
     common = parts[0].features.copy()
     for name, part in zip(names, parts, strict=True):
-        differing = sorted(common.keys() ^ part.features.keys())
+        own = part.features  # a deep copy, whenever it is asked for
+        differing = sorted(common.keys() ^ own.keys())
         if not differing:
-            wider = {column: _wider(common[column], part.features[column]) for column in common}
+            wider = {column: _wider(common[column], own[column]) for column in common}
             differing = [column for column, feature in wider.items() if feature is None]
             common = datasets.Features({**common, **{c: f for c, f in wider.items() if f is not None}})
         if differing:

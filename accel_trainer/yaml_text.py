@@ -15,6 +15,7 @@ from typing_extensions import override
 from accel_trainer.draft import ABSENT, Draft, Keys, Unreadable, shown
 
 MAX_DEPTH = 20
+MAX_VALUES = 20_000  # some seconds of PyYAML, and more than any list of labels
 MAX_DIGITS = 400  # beyond any number a recipe can mean, and below the length at which Python refuses to convert
 
 # PyYAML's problem → (what is wrong, what to do), in words that need no knowledge of its scanner.
@@ -43,7 +44,7 @@ def read_yaml(text: str, draft: Draft, keys: Keys = (), texts: Keys | None = Non
         texts: scalars below these keys stay text as written, whatever they look like.
 
     Raises:
-        Unreadable: the text is no YAML, or nested too deep.
+        Unreadable: the text is no YAML, nested too deep, or holds too many values.
     """
     try:
         return _Reader(text, draft, texts).document(keys)
@@ -101,6 +102,7 @@ class _Reader:
 
     def __init__(self, text: str, draft: Draft, texts: Keys | None) -> None:
         self.text, self.draft, self.texts = text, draft, texts
+        self.values = 0
         self.events: Iterator[yaml.Event] = yaml.parse(text, Loader=yaml.SafeLoader)
 
     def document(self, keys: Keys) -> Any:
@@ -121,6 +123,10 @@ class _Reader:
         """The value that starts with `event`; `line` is that of its key."""
         if len(keys) > MAX_DEPTH:
             self.draft.fault(keys[:2], f"nested more than {MAX_DEPTH} levels deep", "a recipe is flat", line)
+            raise Unreadable
+        self.values += 1
+        if self.values > MAX_VALUES:
+            self.draft.fault(keys[:2], f"more than {MAX_VALUES} values", "give a recipe; data go in files", line)
             raise Unreadable
         start, end = _extent(event)
         self.draft.place(keys, line, self.text[start:end])

@@ -99,6 +99,33 @@ def test_predict_file_and_evaluate(run: Outcome, tmp_path: Path, capsys: pytest.
     assert {name: json.loads(scores.read_text())[name] for name in shown} == shown
 
 
+FORMULAS = """
+import sys
+from accel_trainer.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "written", "said"),
+    [
+        ((), "'=1+1 soup", "out.csv: 1 cell that a spreadsheet would run as a formula begins with an apostrophe"),
+        (("--keep_formulas",), "=1+1 soup", ""),
+    ],
+)
+def test_formulas_are_told_on_stderr(
+    run: Outcome, tmp_path: Path, options: tuple[str, ...], written: str, said: str
+) -> None:
+    write_csv(tmp_path / "in.csv", [("=1+1 soup", "positive")])
+    files = ["--input", "in.csv", "--output", "out.csv"]
+    done = python(FORMULAS, tmp_path, "predict", str(run.folder), *files, *options, ACCELERATE_USE_CPU="true")
+    assert done.code == 0, done.err
+    assert (tmp_path / "out.csv").read_text(encoding="utf-8").splitlines()[1].startswith(f"{written},positive,")
+    assert said in done.err
+    assert ("formula" in done.err) == bool(said)
+    assert "out.csv: 1 rows" in done.out
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -105,6 +105,63 @@ def test_csv_to_csv(
     check(found, expected(predictor, many))
 
 
+RUN = [
+    "=cmd|' /C calc'!A0",
+    "=1+1",
+    "+good",
+    "-good soup",
+    "@good",
+    "\t=1+1",
+    "\r=1",
+    "-1 good",
+    "--1",
+    "+1e",
+    "-٣",
+    "-",
+]
+NOT_RUN = ["-1.5e3", "+7", "-.5", "good = bad", "'=1", " =1", "1-1", "good\n=1", "差"]
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+def test_no_spreadsheet_runs_a_cell(
+    predictor: Predictor,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    suffix: str,
+    kept: bool,
+) -> None:
+    monkeypatch.setattr(predict.logger, "propagate", False)
+    monkeypatch.setattr(predict, "ROWS_AT_ONCE", 4)
+    monkeypatch.setattr(predictor, "label_names", ["-no", "=yes"])
+    speak_on(True)
+    rows = [{"=id": -i, "text": text} for i, text in enumerate([*RUN, *NOT_RUN])]
+    source, target = tmp_path / "in.jsonl", tmp_path / f"out{suffix}"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    predict_file(predictor, source, target, None, keep_formulas=kept)
+    said = capsys.readouterr().err
+    if suffix in (".csv", ".tsv"):
+        with target.open(encoding="utf-8", newline="") as file:
+            header, *found = csv.reader(file, delimiter="," if suffix == ".csv" else "\t")
+        mark = "" if kept else "'"
+        assert header == [f"{mark}=id", "text", "prediction", "probability_-no", "probability_=yes"]
+        assert [row[:2] for row in found] == [
+            [str(-i), f"{mark}{text}" if text in RUN else text] for i, text in enumerate([*RUN, *NOT_RUN])
+        ]
+        assert {row[2] for row in found} <= {f"{mark}-no", f"{mark}=yes"}
+        count = 1 + len(RUN) + len(found)
+        assert said == "" if kept else f"{target}: {count} cells that a spreadsheet would run" in said
+        return
+    assert said == ""
+    if suffix == ".jsonl":
+        records = [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
+    else:
+        records = pyarrow.parquet.read_table(target).to_pylist()
+    assert [{name: record[name] for name in ("=id", "text")} for record in records] == rows
+    assert {record["prediction"] for record in records} <= {"-no", "=yes"}
+
+
 def test_parquet_to_parquet(predictor: Predictor, many: list[dict[str, str]], tmp_path: Path) -> None:
     source, target = tmp_path / "in.parquet", tmp_path / "out.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{**row, "n": 1.5} for row in many]), source)
@@ -276,7 +333,9 @@ def test_a_recipe_of_another_version(
     monkeypatch.setattr(predict.logger, "propagate", False)
     speak_on(True)
     texts = [text for text, _ in reviews(3)]
-    for name, text in (("key", "training: {of_tomorrow: 1}\n"), ("yaml", "a: [")):
+    anchored = (run.folder / "recipe.yaml").read_text(encoding="utf-8").replace("seed: 42", "seed: &a 42")
+    assert "&a" in anchored
+    for name, text in (("key", "training: {of_tomorrow: 1}\n"), ("yaml", "a: ["), ("anchor", anchored)):
         folder = tmp_path / name
         shutil.copytree(run.folder, folder)
         (folder / "recipe.yaml").write_text(text, encoding="utf-8")

@@ -153,6 +153,7 @@ FILES: list[tuple[str | bytes, int | None, str]] = [
     (b"a: 1\n\xff\xfe", 2, "not UTF-8"),
     (" " * 1_000_001, None, "over 1 MB"),
     ("[" * 5000, 1, "levels deep"),
+    ("a:\n  b: [" + "1," * 30_000 + "]\n", 2, "more than 20000 values"),
     (MINIMAL + "---\na: 1\n", 4, "a second document"),
     ("a:\n\tb: 1\n", 2, "a tab stands here; indent with spaces"),
     ("a: `b`\n", 1, "text cannot start with `"),
@@ -177,6 +178,8 @@ FILES: list[tuple[str | bytes, int | None, str]] = [
 ]
 
 OVERRIDES = [
+    ("a." * 25 + "b=1", "", "a key of 26 parts"),
+    ("dataset.path=https://ann:hunter2@host/a.csv", "dataset.path", "there is a token or a password in it"),
     ("training.seed", "", "an override has no ="),
     ("=3", "", "an override needs a key"),
     ("training..seed=3", "", "an override needs a key"),

@@ -1,13 +1,14 @@
 # Everything a person or a machine types here is one of these.
 #   make quickstart   install, train on the reviews that come with the project, evaluate, predict
 #   make test         install what development needs, run the whole test suite
+#   make soak         do it an hour of damage
 
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/quickstart
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test lint format schema tables reviews clean
+.PHONY: quickstart test soak lint format schema tables reviews clean
 
 quickstart: .venv/.installed
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml -m accel_trainer.train recipes/quickstart.yaml \
@@ -20,6 +21,10 @@ quickstart: .venv/.installed
 
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q
+
+# An hour of damage: launches killed and resumed, processes that die at every file operation, recipes and tables fuzzed.
+soak: .venv/.installed-dev
+	PYTHONPATH=tests $(BIN)/python tests/faults/soak.py --output soak.json
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from accel_trainer.data import Split
 from accel_trainer.labels import UNLABELLED
+from accel_trainer.order import Rows
 from accel_trainer.recipe import DatasetSection, Recipe
 from accel_trainer.writing import committed
 
@@ -61,6 +62,27 @@ def prediction_rows(
                 **shown[row],
             }
             row += 1
+
+
+def named_rows(split: Split, section: DatasetSection, rows: Rows, label_names: list[str]) -> list[dict[str, Any]]:
+    """Some rows of a split with their place in the data, their texts and labels.
+
+    Args:
+        split: the rows of a role.
+        section: names the text columns.
+        rows: indices into the split.
+        label_names: names by class id.
+    """
+    table = split.rows.table.select_columns(section.text_columns)
+    return [
+        {
+            "row": row,
+            "place": split.rows.place(row),
+            "label": label_names[int(split.rows.labels[row])],
+            **table[row],
+        }
+        for row in rows.tolist()
+    ]
 
 
 def save_model(

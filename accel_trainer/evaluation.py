@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -17,7 +19,13 @@ Logits = npt.NDArray[np.float32]
 
 @torch.inference_mode()
 def predict_logits(
-    accelerator: Accelerator, model: nn.Module, tokens: Tokens, max_tokens: int, *, packed: bool
+    accelerator: Accelerator,
+    model: nn.Module,
+    tokens: Tokens,
+    max_tokens: int,
+    *,
+    packed: bool,
+    between: Callable[[], None] = lambda: None,
 ) -> Logits:
     """Logits of all rows, on every process.
 
@@ -30,6 +38,7 @@ def predict_logits(
         tokens: the rows.
         max_tokens: tokens per micro-batch, padding included.
         packed: layout of the micro-batches.
+        between: called before each micro-batch, as often on every process; it may raise, on all of them alike.
 
     Returns:
         shape (rows, num_labels), float32, in the order of the rows.
@@ -43,6 +52,7 @@ def predict_logits(
     computed = []
     try:
         for micro_batch in divided[accelerator.process_index]:
+            between()
             batch = tokens.batch(micro_batch.indices, packed=packed).pinned_for(accelerator.device)
             with out_of_memory_named(len(micro_batch.indices), batch.num_positions):
                 batch = batch.on(accelerator.device)

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -21,20 +22,40 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin, gather
 
 from accel_trainer import COLLECTION_THRESHOLD
 from accel_trainer.batching import token_budget
-from accel_trainer.errors import HardwareError, OutOfMemory, UserError
+from accel_trainer.errors import HardwareError, OutOfMemory, ProcessLost, UserError
+from accel_trainer.redaction import without_secrets
 
 PACKAGES = ("accel_trainer", "torch", "transformers", "accelerate", "datasets", "tokenizers", "evaluate", "numpy")
 # How errors without a type of their own say that the memory is full: CUDA, ROCm and MPS; CPU; cuBLAS and cuDNN; XLA.
 OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator: ", "_STATUS_ALLOC_FAILED", "RESOURCE_EXHAUSTED")
+# How a collective says that another process did not take part in it: Gloo; NCCL; the store that processes meet at.
+LOST = (
+    "gloo",
+    "Gloo",
+    "NCCL",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Timed out waiting",
+    "TCPStore",
+)
+TIMEOUT = 1800  # seconds, as `TrainingArguments.ddp_timeout`
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_GROUPS: list[Any] = []  # see `leave_process_group`
 REFUSED = {
     DistributedType.DEEPSPEED: "DeepSpeed owns the optimizer step and pickles its checkpoints; use FSDP instead",
     DistributedType.MEGATRON_LM: "Megatron-LM owns the training loop; use FSDP instead",
 }
 
 
-def start_accelerator(report_to: Sequence[str] = (), project_dir: str | Path | None = None) -> Accelerator:
+def start_accelerator(
+    report_to: Sequence[str] = (), project_dir: str | Path | None = None, timeout: int = TIMEOUT
+) -> Accelerator:
     """The one Accelerator of this process.
+
+    Args:
+        report_to: names of trackers.
+        project_dir: where trackers write that write files.
+        timeout: seconds that processes wait for each other; one of each machine tokenises first, the others wait for it.
 
     Raises:
         HardwareError: the launch started other processes than the Accelerator knows of, or a plugin that this
@@ -55,8 +76,7 @@ def start_accelerator(report_to: Sequence[str] = (), project_dir: str | Path | N
             step_scheduler_with_optimizer=False,
             kwargs_handlers=[
                 DistributedDataParallelKwargs(broadcast_buffers=False),
-                # One process of each machine tokenises first; the others wait for it that long.
-                InitProcessGroupKwargs(timeout=timedelta(minutes=30)),
+                InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)),
             ],
             log_with=list(report_to) or None,
             project_dir=project_dir,
@@ -153,6 +173,39 @@ def out_of_memory_named(examples: int = 1, tokens: int = 0) -> Iterator[None]:
 
 
 @contextmanager
+def lost_processes_named(accelerator: Accelerator) -> Iterator[None]:
+    """Give the errors by which a collective says that another process is gone one name.
+
+    Raises:
+        ProcessLost: it does.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        told = isinstance(error, torch.distributed.DistError) if torch.distributed.is_available() else False
+        if accelerator.num_processes == 1 or not (told or any(sign in str(error) for sign in LOST)):
+            raise
+        # Without the place in the library's source before it, and the advice after it.
+        reason = re.sub(r"^\[[^\]]*\]\s*", "", str(error)).partition("\n")[0].partition(". ")[0].strip().rstrip(".")
+        raise ProcessLost(
+            f"process {accelerator.process_index} of {accelerator.num_processes} lost another one, which died or answers no "
+            f"more ({reason}). The last checkpoint is kept: run the same line again with --resume"
+        ) from error
+
+
+def leave_process_group(accelerator: Accelerator) -> None:
+    """Leave the group of processes in order, after the last collective.
+
+    The group's memory stays until the process ends. Freed together with DDP's reducer, while the interpreter is locked, it
+    would wait for its own thread, and that one for the interpreter, to free the tensors of the last collective: for ever, in
+    one of twenty runs or so (Gloo, torch 2.13).
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        _GROUPS.append(torch.distributed.group.WORLD)
+    accelerator.end_training()
+
+
+@contextmanager
 def together(accelerator: Accelerator) -> Iterator[None]:
     """If a user's mistake shows on any process inside the block, raise it on all, so that none waits for ever. Collective.
 
@@ -226,7 +279,9 @@ def describe(accelerator: Accelerator) -> dict[str, Any]:
         "dynamo_backend": os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO"),
         "threads_per_process": torch.get_num_threads(),
         "accelerate_environment": {
-            name: value for name, value in sorted(os.environ.items()) if name.startswith(("ACCELERATE_", "FSDP_"))
+            name: without_secrets(value)
+            for name, value in sorted(os.environ.items())
+            if name.startswith(("ACCELERATE_", "FSDP_"))
         },
     }
 

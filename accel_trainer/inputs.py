@@ -14,6 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from accel_trainer import hardware, metrics
 from accel_trainer.data import LabelledData, Split, load_labelled, tokenise
 from accel_trainer.errors import UserError
+from accel_trainer.hub import is_on_hub, use_cache_if_unreachable
+from accel_trainer.hub_data import hub_id
 from accel_trainer.model import build_model, checkpoint_commit, load_config, weights_sha256
 from accel_trainer.recipe import Recipe
 from accel_trainer.tokenization import load_tokenizer, longest_input, tokenizer_sha256
@@ -60,6 +62,9 @@ def read_inputs(recipe: Recipe, *, trust_remote_code: bool = False) -> Inputs:
     Raises:
         UserError: any of them is not as the recipe says.
     """
+    asked = recipe.dataset.path is not None and hub_id(recipe.dataset.path) is not None
+    if asked or is_on_hub(recipe.model.checkpoint) or is_on_hub(recipe.model.tokenizer):
+        use_cache_if_unreachable()
     loaded = metrics.load_metrics(recipe.evaluation.metrics, allow_remote_code=trust_remote_code)
     data = load_labelled(recipe.dataset)
     training_texts = (

@@ -1,8 +1,9 @@
-"""The loss: a sum over examples, divided by the size of the global batch in one place (`train.add_gradients`)."""
+"""The loss: a sum over examples, divided by the size of the global batch in one place (`train.add_gradients`); its tally."""
 
 from __future__ import annotations
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import functional
 
@@ -23,3 +24,36 @@ def example_losses(logits: Tensor, labels: Tensor, label_smoothing_factor: float
     """
     precise = logits if logits.dtype == torch.float64 else logits.float()
     return functional.cross_entropy(precise, labels, reduction="none", label_smoothing=label_smoothing_factor)
+
+
+class Tally:
+    """The losses of the steps since they were last read, kept on the device, so that no step waits for it."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        # Wide, so that it does not matter when they were last read.
+        wide = torch.float32 if accelerator.device.type in ("mps", "xla") else torch.float64
+        self._nothing = torch.tensor([0.0, torch.inf], dtype=wide, device=accelerator.device)
+        self._tally = self._nothing  # sum of losses; first step that is not finite
+
+    def add(self, step: int, loss_sum: Tensor, grad_norm: Tensor) -> None:
+        """Add this process's share of a step.
+
+        Args:
+            step: counted from 1.
+            loss_sum: scalar, plain sum of example losses.
+            grad_norm: scalar.
+        """
+        total, first = self._tally
+        finite = torch.isfinite(loss_sum) & torch.isfinite(grad_norm)
+        self._tally = torch.stack([total + loss_sum, torch.where(finite, first, first.clamp(max=step))])
+
+    def read(self) -> tuple[float, int | None]:
+        """Sum over all processes since it was last read, and the first step whose loss or gradient was no number.
+
+        The same on every process. Collective; waits for the device.
+        """
+        everyone = self._accelerator.gather(self._tally[None]).cpu()
+        self._tally = self._nothing
+        first = float(everyone[:, 1].min())
+        return float(everyone[:, 0].sum()), None if first == torch.inf else int(first)

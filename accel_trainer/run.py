@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from accel_trainer import artifacts, checkpoint, hardware, order
+from accel_trainer import artifacts, checkpoint, hardware
 from accel_trainer.batching import smaller_budget
-from accel_trainer.classifier import Classifier, strays
-from accel_trainer.data import Split
-from accel_trainer.errors import OutOfMemory, RunFolderError, UserError
+from accel_trainer.classifier import Classifier
+from accel_trainer.errors import OutOfMemory, RunFolderError, TrainingFailed, UserError
 from accel_trainer.feed import Feed, StepWork
 from accel_trainer.inputs import Inputs, differences, flat, mathematics
-from accel_trainer.model import DROPOUT_NAMES, count_parameters, memory_needs
+from accel_trainer.layout import choose_layout
+from accel_trainer.model import count_parameters, memory_needs
 from accel_trainer.optim import (
     build_optimizer,
     build_scheduler,
@@ -34,12 +32,10 @@ from accel_trainer.optim import (
 )
 from accel_trainer.plan import TrainingPlan
 from accel_trainer.recipe_file import to_yaml
+from accel_trainer.redaction import without_secrets
 from accel_trainer.run_folder import RunFolder, write_json, write_text
 from accel_trainer.tokenization import tokenizer_sha256
-from accel_trainer.tracking import logger
-
-# Relative difference of logits that counts as rounding. float32 gives about 1e-6; the families that fail give 1e-3 and more.
-ROUNDING = 1e-4
+from accel_trainer.tracking import logger, start_trackers, track
 
 
 @dataclass
@@ -54,6 +50,7 @@ class TrainerState:
     examples: int = 0  # likewise
     best_metric: float | None = None
     best_step: int | None = None
+    evaluated_step: int = 0  # after which the validation split was evaluated last
     evaluations_since_best: int = 0
     stopped_early: bool = False
     overflows: int = 0  # fp16 only: steps repeated with a smaller scale
@@ -144,8 +141,8 @@ def prepare(
     scheduler = build_scheduler(optimizer, recipe.training, plan)
     model, prepared = accelerator.prepare(classifier, optimizer)
     if recipe.tracking.report_to:
-        settings = {key: str(value) for key, value in flat(recipe.model_dump(mode="json")).items()}
-        accelerator.init_trackers(recipe.tracking.project_name, config=settings)
+        settings = {key: without_secrets(str(value)) for key, value in flat(recipe.model_dump(mode="json")).items()}
+        start_trackers(accelerator, recipe.tracking.project_name, settings)
     return Run(
         accelerator=accelerator,
         inputs=inputs,
@@ -169,67 +166,6 @@ def prepare(
             max_tokens_per_device,
         ),
     )
-
-
-def choose_layout(classifier: Classifier, split: Split, layout: str, device: torch.device) -> bool:
-    """Whether micro-batches are packed. A model that is not of `classifier.PACKED` is tried on three rows.
-
-    Raises:
-        UserError: packed was asked for and is not possible, or what the model computes of an example depends on more than
-            the example, so that no layout could give the steps of another.
-    """
-    packs = layout == "packed" or (layout == "auto" and device.type != "xla")  # XLA compiles every new length
-    if classifier.is_known:
-        return packs
-    by_length = split.tokens.lengths.argsort(kind="stable")
-    rows = by_length[[0, len(split) // 4, len(split) // 2]]  # from short to middling
-    family = classifier.model.config.model_type
-    if packs:
-        reason = why_unpacked(classifier, split, rows)
-        if reason is None:
-            return True
-        if layout == "packed":
-            raise UserError(f"--layout packed: a {family} classifier cannot be packed ({reason}); leave the option out")
-        logger.info("note: a %s classifier is trained padded: packed, %s", family, reason)
-    check_invariance(classifier, split, rows)
-    return False
-
-
-def why_unpacked(classifier: Classifier, split: Split, rows: order.Rows) -> str | None:
-    """Why a model cannot be packed; None if on some rows it computes the same, to rounding."""
-    if not classifier.can_pack:
-        return "its attention is its own"
-    try:
-        difference = on_rows(classifier, split, rows, packed=True)
-    except Exception as error:  # whatever an unknown model makes of one long row
-        return f"it fails: {(str(error).splitlines() or [type(error).__name__])[0]}"
-    return None if difference <= ROUNDING else f"its logits move by {difference:.0e}"
-
-
-def on_rows(classifier: Classifier, split: Split, rows: order.Rows, *, packed: bool) -> float:
-    """`strays` of some rows in a layout."""
-    alone = [split.tokens.batch(rows[i : i + 1], packed=False) for i in range(len(rows))]
-    return strays(classifier, split.tokens.batch(rows, packed=packed), alone)
-
-
-def check_invariance(classifier: Classifier, split: Split, rows: order.Rows) -> None:
-    """See on some rows that what is computed of an example, padded, depends on the example alone.
-
-    Raises:
-        UserError: it does not.
-    """
-    difference, config = on_rows(classifier, split, rows, packed=False), classifier.model.config
-    if difference == math.inf:
-        drops = [key for key, names in DROPOUT_NAMES.items() if any(hasattr(config, name) for name in names)]
-        raise UserError(
-            f"model: in training, a {config.model_type} classifier draws random numbers that the recipe's seed does not fix; "
-            f"set {' '.join(f'model.{key}=0.0' for key in drops)}, or use another encoder"
-        )
-    if difference > ROUNDING:
-        raise UserError(
-            f"model: what a {config.model_type} classifier computes of an example depends on the padding beside it (its "
-            f"logits move by {difference:.0e}), so that no two layouts would train alike; use another encoder"
-        )
 
 
 def write_run_json(run: Run) -> None:
@@ -263,7 +199,7 @@ def write_run_json(run: Run) -> None:
                 }
                 for role, split in inputs.splits.items()
             },
-            "notes": inputs.notes,
+            "notes": [without_secrets(note) for note in inputs.notes],
         },
     )
     logger.info(
@@ -284,11 +220,12 @@ def write_run_json(run: Run) -> None:
 
 def record(run: Run, line: dict[str, Any]) -> None:
     """Write a line to metrics.jsonl and to the trackers."""
-    if run.is_main:
-        run.folder.append_metrics(line)
+    if not run.is_main:
+        return
+    run.folder.append_metrics(line)
     prefix = f"{line['split']}/" if "split" in line else "train/"
     values = {prefix + name: value for name, value in line.items() if name not in ("step", "split")}
-    run.accelerator.log(values, step=line["step"])
+    track(run.accelerator, values, line["step"])
 
 
 def whole_weights(run: Run) -> dict[str, Tensor]:
@@ -306,9 +243,10 @@ def optimizer_state(run: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def write_model(run: Run, folder: Path, scores: dict[str, dict[str, float]], step: int) -> None:
     """Write the current weights, those of `step`, as a folder that transformers loads. Collective."""
     weights = whole_weights(run)
-    if run.is_main:
-        card = artifacts.model_card(run.inputs.recipe, run.inputs.label_names, step, scores)
-        artifacts.save_model(folder, run.inputs.model, weights, run.inputs.tokenizer, card, step)
+    with hardware.together(run.accelerator):
+        if run.is_main:
+            card = artifacts.model_card(run.inputs.recipe, run.inputs.label_names, step, scores)
+            artifacts.save_model(folder, run.inputs.model, weights, run.inputs.tokenizer, card, step)
     run.accelerator.wait_for_everyone()  # nobody reads it before it is whole
 
 
@@ -348,28 +286,50 @@ def save(run: Run) -> None:
     started = time.perf_counter()
     weights = whole_weights(run)
     tensors, values = optimizer_state(run)
-    if run.is_main:
-        scaler = run.accelerator.scaler
-        checkpoint.save_checkpoint(
-            run.folder.checkpoints,
-            run.state.step,
-            weights,
-            tensors,
-            {
-                "state": asdict(run.state),
-                "optimizer_values": values,
-                "scaler": None if scaler is None else scaler.state_dict(),
-                "mathematics": mathematics(run.inputs),
-                "num_processes": run.accelerator.num_processes,
-                "max_tokens_per_device": run.max_tokens,
-            },
-        )
-        run.folder.forget_token_budget()
-        shutil.rmtree(run.folder.best_before, ignore_errors=True)
-        checkpoint.rotate(run.folder.checkpoints, run.inputs.recipe.saving.save_total_limit, run.state.step)
-        run.folder.set_status("running", run.state.step)
+    scaler = run.accelerator.scaler
+    trainer_state = {
+        "state": asdict(run.state),
+        "optimizer_values": values,
+        "scaler": None if scaler is None else scaler.state_dict(),
+        "mathematics": mathematics(run.inputs),
+        "num_processes": run.accelerator.num_processes,
+        "max_tokens_per_device": run.max_tokens,
+    }
+    with hardware.together(run.accelerator):  # a full disk ends all of them, with the message
+        if run.is_main:
+            checkpoint.save_checkpoint(run.folder.checkpoints, run.state.step, weights, tensors, trainer_state)
+            run.folder.forget_token_budget()
+            shutil.rmtree(run.folder.best_before, ignore_errors=True)
+            checkpoint.rotate(run.folder.checkpoints, run.inputs.recipe.saving.save_total_limit, run.state.step)
+            run.folder.set_status("running", run.state.step)
     run.accelerator.wait_for_everyone()
     run.state.seconds["save"] += time.perf_counter() - started
+
+
+# Entries of trainer_state.json → their types.
+SAVED: dict[str, Any] = {
+    "state": dict,
+    "optimizer_values": dict,
+    "scaler": dict | None,
+    "mathematics": dict,
+    "max_tokens_per_device": int,
+}
+
+
+def check_state(path: Path, saved: dict[str, Any]) -> None:
+    """See that the state of a checkpoint is one that this version can go on from.
+
+    Raises:
+        RunFolderError: it is not.
+    """
+    strange = [name for name, kind in SAVED.items() if not isinstance(saved.get(name, ...), kind)]
+    if "state" not in strange:
+        strange += sorted(set(saved["state"]) - {entry.name for entry in fields(TrainerState)})
+        strange += [] if isinstance(saved["state"].get("step"), int) else ["step"]
+    if strange:
+        raise RunFolderError(
+            f"{path}: this version cannot go on from what trainer_state.json says of {', '.join(strange)}; use another checkpoint"
+        )
 
 
 def restore(run: Run, path: Path, allow_changed: Sequence[str], *, keep_token_budget: bool) -> None:
@@ -379,6 +339,7 @@ def restore(run: Run, path: Path, allow_changed: Sequence[str], *, keep_token_bu
         RunFolderError: the checkpoint is damaged, or belongs to other mathematics than the recipe's.
     """
     weights, tensors, saved = checkpoint.load_checkpoint(path)
+    check_state(path, saved)
     changed = [
         (key, before, now)
         for key, before, now in differences(saved["mathematics"], mathematics(run.inputs))
@@ -390,6 +351,9 @@ def restore(run: Run, path: Path, allow_changed: Sequence[str], *, keep_token_bu
             f"{path} was trained on other mathematics:\n{listed}\n"
             "Restore these values, start afresh in another --output_dir, or name each with --allow_changed KEY"
         )
+    shapes = {name: weight.shape for name, weight in run.inputs.model.state_dict().items()}
+    if {name: weight.shape for name, weight in weights.items()} != shapes:
+        raise RunFolderError(f"{path}: model.safetensors holds the weights of another model; use another checkpoint")
     run.inputs.model.load_state_dict(weights)
     load_state_by_name(_inner(run.optimizer), run.inputs.model, tensors, saved["optimizer_values"])
     # Rates are a function of the step and of the recipe as it is now: what was allowed to change takes effect.
@@ -439,16 +403,34 @@ def continue_run(run: Run, path: Path | None, allow_changed: Sequence[str], *, k
             f"{run.folder.path}: the processes see checkpoints of different steps ({', '.join(map(str, steps))}); "
             "--output_dir must lie on storage that all machines share"
         )
+    if run.is_main:  # before anything that they refer to is changed: whoever is killed now goes on from here again
+        checkpoint.abandon_later(run.folder.checkpoints, run.state.step)
     settle_best(run)
     if path is None:
         logger.info("no checkpoint in %s: starting from the beginning", run.folder.path)
     else:
         logger.info("continuing from %s, step %d of %d", path, run.state.step, run.plan.total_steps)
     if run.is_main:
-        run.folder.cut_metrics(run.state.step)
-        checkpoint.abandon_later(run.folder.checkpoints, run.state.step)
-        checkpoint.sweep(run.folder.checkpoints)
+        run.folder.cut_metrics(run.state.step, run.state.evaluated_step)
     run.accelerator.wait_for_everyone()
+
+
+def fail_not_finite(run: Run, step: int) -> NoReturn:
+    """End a run whose loss or gradient is no number any more, with the rows of that step in a file. On every process.
+
+    Raises:
+        TrainingFailed: always; what was saved is kept.
+    """
+    rows, _ = run.feed.divide(step - 1, run.max_tokens)
+    if run.is_main:
+        split = run.inputs.splits["train"]
+        named = artifacts.named_rows(split, run.inputs.recipe.dataset, rows, run.inputs.label_names)
+        write_json(run.folder.not_finite, {"step": step, "epoch": run.plan.epoch(step), "rows": named})
+    raise TrainingFailed(
+        f"the loss or the gradient of step {step} is not finite (NaN or infinite). The rows of that global batch are in "
+        f"{run.folder.not_finite}, the last checkpoint is kept. A smaller training.learning_rate, a warm-up or max_grad_norm "
+        "often helps: --resume --allow_changed training.learning_rate goes on from the checkpoint with another"
+    )
 
 
 def halve_token_budget(run: Run, error: OutOfMemory) -> None:

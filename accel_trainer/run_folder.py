@@ -2,30 +2,44 @@
 
 recipe.yaml  run.json  status.json  metrics.jsonl  results.json
 token_budget.json (from an out-of-memory of one of several processes to the next checkpoint)
+not_finite.json (after a loss that was no number, until the run goes on)
 checkpoints/  best/  model/  predictions/
+.lock (held while a run is going on)
 """
 
 from __future__ import annotations
 
+import errno
 import json
-import os
+import logging
+import signal
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
+
+from filelock import FileLock, Timeout
 
 from accel_trainer.errors import (
     EXIT_DONE,
     EXIT_FAILED,
     AccelTrainerError,
     Interrupted,
+    ProcessLost,
     RunFolderError,
     TrainingFailed,
     UserError,
 )
-from accel_trainer.writing import damage, replaced, restore_interrupted
+from accel_trainer.redaction import without_secrets
+from accel_trainer.signals import handling
+from accel_trainer.writing import damage, replaced, sweep
 
 State = Literal["running", "done", "interrupted", "failed"]
+LET_GO = 10.0  # seconds that a resumed run waits for one that is being stopped
+LAST_WORDS = 2.0  # seconds that a process waits for the one it lost to tell why
+
+logger = logging.getLogger("accel_trainer")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -68,11 +82,42 @@ class RunFolder:
         self.predictions = path / "predictions"
         self._status = path / "status.json"
         self._token_budget = path / "token_budget.json"
+        self.not_finite = path / "not_finite.json"
+        self._lock = FileLock(path / ".lock")
 
     @property
     def holds_a_run(self) -> bool:
         """Whether a run got as far here as to leave something worth keeping."""
         return any(path.exists() for path in (self.metrics, self.checkpoints, self.best, self.model))
+
+    @contextmanager
+    def locked(self, patience: float = 0.0) -> Iterator[None]:
+        """Keep every other launch out of the folder while the block lasts; the system lets go when this process dies.
+
+        Args:
+            patience: seconds to wait for a launch that is about to end.
+
+        Raises:
+            RunFolderError: another launch is at work there, or the folder cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=patience)
+        except Timeout:
+            raise RunFolderError(
+                f"--output_dir {self.path}: another launch is at work in this folder; wait for it, stop it, or choose another "
+                "folder"
+            ) from None
+        except (NotImplementedError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise RunFolderError(
+                    f"--output_dir {self.path}: {error.strerror or error}; choose a folder that you may write"
+                ) from error
+            logger.warning("note: %s cannot be locked; take care that no other launch uses it", self.path)
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def status(self) -> dict[str, Any]:
         """What status.json says; empty if there is none or it cannot be read."""
@@ -84,7 +129,8 @@ class RunFolder:
 
     def set_status(self, state: State, step: int, exit_code: int | None = None, reason: str | None = None) -> None:
         """Say how the run stands, for whoever watches it from outside."""
-        write_json(self._status, {"state": state, "exit_code": exit_code, "step": step, "reason": reason})
+        told = None if reason is None else without_secrets(reason)
+        write_json(self._status, {"state": state, "exit_code": exit_code, "step": step, "reason": told})
 
     def token_budget(self) -> int | None:
         """Tokens of a micro-batch that a process out of memory asked for; None if none did."""
@@ -104,15 +150,18 @@ class RunFolder:
 
     def weights_step(self, folder: Path) -> int | None:
         """Optimizer step of the weights in `best/` or its like; None if there are none or they are damaged."""
-        if damage(folder) is not None:
+        if damage(folder, ("model.safetensors", "training.json")) is not None:
             return None
-        facts: dict[str, int] = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-        return facts["step"]
+        try:
+            step: int = json.loads((folder / "training.json").read_text(encoding="utf-8"))["step"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return step
 
     def note_mistake(self, error: UserError, *, resume: bool) -> None:
         """Say in status.json that a launch ended in a mistake, unless the folder is another run's or a live one's."""
-        if (resume or not self.holds_a_run) and self.status().get("state") not in ("running", "done"):
-            with suppress(RunFolderError):
+        if (resume or not self.holds_a_run) and self.status().get("state") != "done":
+            with suppress(RunFolderError), self.locked():
                 self.set_status("failed", self.status().get("step") or 0, error.exit_code, str(error))
 
     def append_metrics(self, line: dict[str, Any]) -> None:
@@ -126,14 +175,15 @@ class RunFolder:
                 f"cannot write {self.metrics}: {error.strerror or error}; make space, then --resume"
             ) from error
 
-    def cut_metrics(self, step: int) -> None:
-        """Drop the lines after `step`, and a last line that a killed process left unfinished."""
+    def cut_metrics(self, step: int, evaluated_step: int) -> None:
+        """Drop the lines after `step`, evaluations after `evaluated_step`, and a last line that a killed process left unfinished."""
         if not self.metrics.exists():
             return
         kept = []
         for text in self.metrics.read_text(encoding="utf-8").splitlines():
             try:
-                if json.loads(text)["step"] <= step:
+                line = json.loads(text)
+                if line["step"] <= (evaluated_step if "split" in line else step):
                     kept.append(text)
             except (ValueError, KeyError, TypeError):
                 continue
@@ -152,30 +202,27 @@ class RunFolder:
         return path
 
 
-def open_run_folder(folder: RunFolder, *, resume: bool) -> None:
-    """Make the folder if need be, see that it is free to use, and put back what a killed process laid aside.
+@contextmanager
+def opened(folder: RunFolder, *, resume: bool) -> Iterator[None]:
+    """Make the folder if need be, see that it is free to use, tidy up after killed processes, and keep others out.
 
     Raises:
-        RunFolderError: another run lies there and is not to be resumed, or the folder cannot be written.
+        RunFolderError: another run lies there and is not to be resumed, another launch is at work there, or the folder
+            cannot be written.
     """
-    path = folder.path
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunFolderError(
-            f"--output_dir {path}: {error.strerror or error}; choose a folder that you may write"
-        ) from error
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise RunFolderError(f"--output_dir {path}: the folder is read-only; choose one that you may write")
-    if folder.holds_a_run and not resume:
-        state = folder.status().get("state", "unknown")
-        raise RunFolderError(
-            f"--output_dir {path}: a run lies there already ({state}); continue it with --resume, or choose another folder"
-        )
-    if not resume:
-        folder.forget_token_budget()
-    restore_interrupted(folder.best)
-    restore_interrupted(folder.model)
+    # A launch that was asked to stop may still be saving when the next one is submitted.
+    with folder.locked(patience=LET_GO if resume else 0.0):
+        if folder.holds_a_run and not resume:
+            state = folder.status().get("state", "unknown")
+            raise RunFolderError(
+                f"--output_dir {folder.path}: a run lies there already ({state}); continue it with --resume, or choose "
+                "another folder"
+            )
+        if not resume:
+            folder.forget_token_budget()
+        folder.not_finite.unlink(missing_ok=True)
+        sweep(folder.path, folder.checkpoints, folder.predictions)
+        yield
 
 
 class Watch:
@@ -187,27 +234,52 @@ class Watch:
 
 @contextmanager
 def watched(folder: RunFolder, is_main_process: bool) -> Iterator[Watch]:
-    """Keep status.json true for whoever watches from outside, however the block ends."""
+    """Keep status.json true for whoever watches from outside, however the block ends.
+
+    The main process writes it. Another one does where it is the first to end: the main process may then see no more than
+    a connection that breaks.
+
+    Raises:
+        Interrupted, TrainingFailed: in the place of `ProcessLost`, where the other process told why it went.
+    """
     watch = Watch(folder.status().get("step") or 0)  # of the run that is resumed, until its checkpoint is read
 
     def report(state: State, code: int | None = None, reason: str | None = None) -> None:
-        if is_main_process:
+        if is_main_process or folder.status().get("state") == "running":
             folder.set_status(state, watch.steps_done(), code, reason)
 
-    report("running")
+    if is_main_process:
+        report("running")
     try:
         yield watch
-    except Interrupted as error:
-        if folder.status().get("state") != "failed":  # another process failed, and the launcher ends the others
-            report("interrupted", error.exit_code, str(error))
-        raise
     except BaseException as error:
-        told = folder.status()
-        if isinstance(error, RuntimeError) and told.get("state") == "failed":
-            # Another process has said why; this one's collective broke because of it.
-            raise TrainingFailed(told["reason"]) from error
-        code = error.exit_code if isinstance(error, AccelTrainerError) else EXIT_FAILED
-        with suppress(RunFolderError):  # a full disk has been told already, by the error itself
-            report("failed", code, f"{type(error).__name__}: {error}")
+        with handling(signal.SIG_IGN):  # the launcher ends the others as soon as one has ended
+            ended = error
+            if isinstance(error, ProcessLost):
+                told = _last_words(folder)
+                if told.get("state") == "interrupted":
+                    ended = Interrupted(told["reason"])
+                elif told.get("state") == "failed":
+                    ended = TrainingFailed(told["reason"])
+            elif isinstance(error, Interrupted) and folder.status().get("state") == "failed":
+                raise  # another process failed, and the launcher ended this one
+            if isinstance(ended, Interrupted):
+                report("interrupted", ended.exit_code, str(ended))
+            else:
+                code = ended.exit_code if isinstance(ended, AccelTrainerError) else EXIT_FAILED
+                named = type(ended) is not TrainingFailed or ended is error  # else the other's reason has its name
+                with suppress(RunFolderError):  # a full disk has been told already, by the error itself
+                    report("failed", code, f"{type(ended).__name__}: {ended}" if named else str(ended))
+        if ended is not error:
+            raise ended from error
         raise
-    report("done", EXIT_DONE)
+    if is_main_process:
+        report("done", EXIT_DONE)
+
+
+def _last_words(folder: RunFolder) -> dict[str, Any]:
+    """The status, once a process that ended has told why, or had the time to."""
+    end = time.monotonic() + LAST_WORDS
+    while folder.status().get("state") == "running" and time.monotonic() < end:
+        time.sleep(0.05)
+    return folder.status()

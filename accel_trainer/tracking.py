@@ -1,4 +1,7 @@
-"""What a run says while it goes on: a bar where there is a terminal, lines where there is none."""
+"""What a run says while it goes on: a bar where there is a terminal, lines where there is none; and its trackers.
+
+A tracker that fails is told of once and left out from then on: no training stops because a service is down.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,11 @@ import time
 from typing import Any
 
 import datasets
+from accelerate import Accelerator
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
+
+from accel_trainer.redaction import without_secrets
 
 logger = logging.getLogger("accel_trainer")
 
@@ -18,7 +24,7 @@ class _ThroughTheBar(logging.Handler):
     """Writes messages above a progress bar instead of into it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        tqdm.write(without_secrets(self.format(record)), file=sys.stderr)
 
 
 def speak_on(main_process: bool) -> None:
@@ -50,6 +56,45 @@ def print_scores(scores: dict[str, dict[str, float]]) -> None:
     for role, values in scores.items():
         cells = (f"{values[name]:{w}.4f}" if name in values else " " * w for name, w in widths.items())
         print(f"{role:<10}" + "".join(cells))
+
+
+def start_trackers(accelerator: Accelerator, project_name: str, settings: dict[str, str]) -> None:
+    """Open the trackers that the Accelerator was made with, each by itself, so that one that fails takes no other along."""
+    started = []
+    for wanted in list(accelerator.log_with):
+        accelerator.log_with, accelerator.trackers = [wanted], []
+        try:
+            accelerator.init_trackers(project_name, config=settings)
+        except Exception as error:  # each service has errors of its own
+            logger.warning("%s", _failed(str(getattr(wanted, "value", wanted)), "start", error))
+            continue
+        started += accelerator.trackers
+    accelerator.trackers = started
+
+
+def track(accelerator: Accelerator, values: dict[str, Any], step: int) -> None:
+    """Give values of a step to every tracker."""
+    for tracker in list(accelerator.trackers):
+        try:
+            tracker.log(values, step=step)
+        except Exception as error:
+            logger.warning("%s", _failed(tracker.name, "take what is logged", error))
+            accelerator.trackers.remove(tracker)
+
+
+def close_trackers(accelerator: Accelerator) -> None:
+    """Let every tracker write what it holds back."""
+    for tracker in accelerator.trackers:
+        try:
+            tracker.finish()
+        except Exception as error:
+            logger.warning("%s", _failed(tracker.name, "finish", error))
+    accelerator.trackers = []
+
+
+def _failed(name: str, doing: str, error: Exception) -> str:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"tracking.report_to: {name} could not {doing} ({reason}); training goes on without it, metrics.jsonl has every line"
 
 
 class Progress:

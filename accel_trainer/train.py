@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,24 +32,26 @@ from accel_trainer.errors import (
     AccelTrainerError,
     Interrupted,
     OutOfMemory,
+    ProcessLost,
     RunFolderError,
     TrainingFailed,
     UserError,
 )
 from accel_trainer.evaluation import Logits, predict_logits
 from accel_trainer.feed import LoadedMicroBatch
-from accel_trainer.hardware import out_of_memory_named
+from accel_trainer.hardware import lost_processes_named, out_of_memory_named
 from accel_trainer.inputs import read_inputs_together
 from accel_trainer.library import find_recipe
-from accel_trainer.loss import example_losses
+from accel_trainer.loss import Tally, example_losses
 from accel_trainer.optim import clip_gradients
 from accel_trainer.recipe import Recipe
 from accel_trainer.recipe_file import load_recipe
+from accel_trainer.redaction import without_secrets
 from accel_trainer.run import (
     Run,
     StepStatistics,
-    TrainerState,
     continue_run,
+    fail_not_finite,
     halve_token_budget,
     prepare,
     record,
@@ -59,9 +61,11 @@ from accel_trainer.run import (
     write_model,
     write_run_json,
 )
-from accel_trainer.run_folder import RunFolder, open_run_folder, watched, write_json
-from accel_trainer.signals import StopRequest, interrupted_by_signals
-from accel_trainer.tracking import Progress, logger, print_scores, quieten_libraries, speak_on
+from accel_trainer.run_folder import RunFolder, opened, watched, write_json
+from accel_trainer.signals import StopRequest, follow_launcher, interrupted_by_signals
+from accel_trainer.tracking import Progress, close_trackers, logger, print_scores, quieten_libraries, speak_on
+
+SCORED = ("validation", "test")  # at the end, in this order
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class Options:
     layout: str = "auto"
     gradient_checkpointing: bool = False
     stop_after: int | None = None
+    ddp_timeout: int = hardware.TIMEOUT
     trust_remote_code: bool = False
 
 
@@ -91,28 +96,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     speak_on(is_first)
     folder = None
     try:
-        name, path = find_recipe(arguments.recipe)
-        options = Options(
-            output_dir=(arguments.output_dir or Path("runs") / name).absolute(),
-            resume=arguments.resume or arguments.resume_from_checkpoint is not None,
-            resume_from_checkpoint=arguments.resume_from_checkpoint,
-            allow_changed=tuple(arguments.allow_changed),
-            max_tokens_per_device=arguments.max_tokens_per_device,
-            layout=arguments.layout,
-            gradient_checkpointing=arguments.gradient_checkpointing,
-            stop_after=arguments.stop_after,
-            trust_remote_code=arguments.trust_remote_code,
-        )
-        folder = RunFolder(options.output_dir)
-        train(load_recipe(path, arguments.overrides), options)
+        with interrupted_by_signals():
+            follow_launcher()
+            name, path = find_recipe(arguments.recipe)
+            options = Options(
+                output_dir=(arguments.output_dir or Path("runs") / name).absolute(),
+                resume=arguments.resume or arguments.resume_from_checkpoint is not None,
+                resume_from_checkpoint=arguments.resume_from_checkpoint,
+                allow_changed=tuple(arguments.allow_changed),
+                max_tokens_per_device=arguments.max_tokens_per_device,
+                layout=arguments.layout,
+                gradient_checkpointing=arguments.gradient_checkpointing,
+                stop_after=arguments.stop_after,
+                ddp_timeout=arguments.ddp_timeout,
+                trust_remote_code=arguments.trust_remote_code,
+            )
+            folder = RunFolder(options.output_dir)
+            train(load_recipe(path, arguments.overrides), options)
     except AccelTrainerError as error:
-        if is_first or isinstance(error, OutOfMemory):  # which only the process that it happened to knows of
+        if is_first or isinstance(error, OutOfMemory | ProcessLost):  # which not every process knows of
             print(f"{'' if isinstance(error, Interrupted) else 'error: '}{error}", file=sys.stderr, flush=True)
             if folder is not None and isinstance(error, UserError):
                 folder.note_mistake(error, resume=options.resume)
         return error.exit_code
     except Exception:
-        traceback.print_exc()
+        print(without_secrets(traceback.format_exc()), file=sys.stderr, flush=True)
         return EXIT_FAILED
     return EXIT_DONE
 
@@ -128,14 +136,17 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any]:
         Interrupted: a signal came; if steps had been taken, a checkpoint was saved first.
         TrainingFailed: training cannot go on.
     """
-    accelerator = hardware.start_accelerator(recipe.tracking.report_to, options.output_dir)
+    accelerator = hardware.start_accelerator(recipe.tracking.report_to, options.output_dir, options.ddp_timeout)
     speak_on(accelerator.is_main_process)
     quieten_libraries()
     folder = RunFolder(options.output_dir)
-    with hardware.together(accelerator):
-        if accelerator.is_main_process:
-            open_run_folder(folder, resume=options.resume)
-    with watched(folder, accelerator.is_main_process) as watch, interrupted_by_signals():
+    with ExitStack() as around:
+        with lost_processes_named(accelerator), hardware.together(accelerator):
+            if accelerator.is_main_process:
+                around.enter_context(opened(folder, resume=options.resume))
+        watch = around.enter_context(watched(folder, accelerator.is_main_process))
+        around.enter_context(interrupted_by_signals())
+        around.enter_context(lost_processes_named(accelerator))
         inputs = read_inputs_together(accelerator, recipe, trust_remote_code=options.trust_remote_code)
         for note in inputs.notes:
             logger.info("note: %s", note)
@@ -163,11 +174,11 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any]:
         try:
             with StopRequest() as stop:
                 fit(run, stop, options.stop_after)
-            results = finish(run)
+                results = finish(run, stop)
         except Interrupted:  # on every process, so that trackers and process group can be closed in order
-            accelerator.end_training()
+            end(run)
             raise
-        accelerator.end_training()
+        end(run)
         return results
 
 
@@ -179,12 +190,13 @@ def fit(run: Run, stop: StopRequest, stop_after: int | None = None) -> None:
         TrainingFailed: loss or gradient are not finite.
     """
     state, plan = run.state, run.plan
-    # This process's share since it was last read; wide, so that it does not matter when that was.
-    wide = torch.float32 if run.accelerator.device.type in ("mps", "xla") else torch.float64
-    loss_sum = torch.zeros((), dtype=wide, device=run.accelerator.device)
+    tally = Tally(run.accelerator)
     progress = Progress(plan.total_steps, state.step, main_process=run.is_main)
     run.model.train()
     try:
+        if plan.evaluates_at(state.step) and state.evaluated_step < state.step:  # the run was stopped before or in it
+            evaluate_and_save(run, stop)
+            progress.resume()
         while state.step < plan.total_steps and not state.stopped_early:
             started = time.perf_counter()
             try:
@@ -196,28 +208,53 @@ def fit(run: Run, stop: StopRequest, stop_after: int | None = None) -> None:
                 halve_token_budget(run, error)
                 run.optimizer.zero_grad()
                 continue  # the same step again, in smaller micro-batches
+            except NotFinite:
+                fail_not_finite(run, state.step + 1)
             state.add(done)
-            loss_sum = loss_sum + done.loss_sum
+            tally.add(state.step, done.loss_sum, done.grad_norm)
 
-            is_last = state.step == plan.total_steps
-            stopping = stop.agreed(run.accelerator, now=is_last) or state.step == stop_after
-            logs, evaluates, saves = plan.logs_at(state.step), plan.evaluates_at(state.step), plan.saves_at(state.step)
-            if logs or evaluates or saves or stopping:
-                state.loss_sum += float(run.accelerator.reduce(loss_sum, "sum"))
-                loss_sum = torch.zeros_like(loss_sum)
-                check_finite(state, float(done.grad_norm))
+            asked = stop.agreed(run.accelerator, now=state.step == plan.total_steps)
+            stopping = asked or state.step == stop_after
+            logs = plan.logs_at(state.step)
+            if logs or plan.evaluates_at(state.step) or plan.saves_at(state.step) or stopping:
+                loss_sum, not_finite = tally.read()
+                if not_finite is not None:
+                    fail_not_finite(run, not_finite)
+                state.loss_sum += loss_sum
             progress.step(done.work.tokens)
             state.seconds["train"] += time.perf_counter() - started
             if logs:
                 log(run, done, progress)
-            stops_early = evaluates and evaluate_during_training(run)
-            if saves or stopping or stops_early:
-                save(run)
+            evaluate_and_save(run, stop, asked=asked, stops=stopping)
             progress.resume()
-            if stopping:
-                raise Interrupted(f"interrupted after step {state.step} of {plan.total_steps}; continue with --resume")
     finally:
         progress.close()
+
+
+def evaluate_and_save(run: Run, stop: StopRequest, *, asked: bool = False, stops: bool = False) -> None:
+    """Do what is due after the step that the run is at.
+
+    Args:
+        run: at the end of a step.
+        stop: asked again during and after what takes long.
+        asked: someone wants the run to stop: an evaluation is left to the run that goes on from here.
+        stops: the run stops here, for that or for another reason.
+
+    Raises:
+        Interrupted: the run stops here; a checkpoint was saved first.
+    """
+    state, plan = run.state, run.plan
+    if plan.evaluates_at(state.step) and not asked:
+        try:
+            evaluate_during_training(run, stop)
+            asked = stop.agreed(run.accelerator, now=True)
+        except Interrupted:
+            asked = True
+    if plan.saves_at(state.step) or state.stopped_early or stops or asked:
+        save(run)
+        asked = asked or stop.agreed(run.accelerator, now=True)
+    if stops or asked:
+        raise Interrupted(f"interrupted after step {state.step} of {plan.total_steps}; continue with --resume")
 
 
 def training_step(run: Run, step: int) -> StepStatistics:
@@ -226,6 +263,7 @@ def training_step(run: Run, step: int) -> StepStatistics:
     Raises:
         OutOfMemory: a micro-batch does not fit; nothing was updated, but gradients are left over.
         GradientOverflow: fp16 gradients overflowed; nothing was updated and the scale is smaller now.
+        NotFinite: the gradient is no number, and this device tells so at once; nothing was updated.
         TrainingFailed: they overflow at any scale.
     """
     work = run.feed.take(step, run.max_tokens)
@@ -273,11 +311,17 @@ def apply_gradients(run: Run) -> torch.Tensor:
 
     Raises:
         GradientOverflow: fp16 gradients overflowed; nothing was updated and the scale is smaller now.
+        NotFinite: the gradient is no number, and this device tells so at once; nothing was updated.
         TrainingFailed: they overflow at any scale.
     """
+    accelerator = run.accelerator
     try:
         with out_of_memory_named():
-            grad_norm = clip_gradients(run.accelerator, run.model, run.inputs.recipe.training.max_grad_norm)
+            grad_norm = clip_gradients(accelerator, run.model, run.inputs.recipe.training.max_grad_norm)
+            # Other devices would have to be waited for; there, `fit` sees it when it reads the losses. Gradients are the
+            # same on all processes by now, so that all of them see it.
+            if accelerator.device.type == "cpu" and accelerator.scaler is None and not math.isfinite(grad_norm):
+                raise NotFinite
             update(run)
     except OutOfMemory as error:  # not repeated: some weights may have moved, and no micro-batch is too large
         raise TrainingFailed(
@@ -290,6 +334,10 @@ def apply_gradients(run: Run) -> torch.Tensor:
 
 class GradientOverflow(Exception):
     """fp16 gradients were too large for the scale; the update was skipped."""
+
+
+class NotFinite(Exception):
+    """The gradient is not a number; there was no update."""
 
 
 def update(run: Run) -> None:
@@ -315,20 +363,6 @@ def update(run: Run) -> None:
     raise GradientOverflow
 
 
-def check_finite(state: TrainerState, grad_norm: float) -> None:
-    """See that what is about to be logged, judged or saved is a number.
-
-    Raises:
-        TrainingFailed: it is not; nothing of it is saved.
-    """
-    for name, value in (("loss", state.loss_sum), ("gradient norm", grad_norm)):
-        if not math.isfinite(value):
-            raise TrainingFailed(
-                f"the {name} is {value} at step {state.step}; a smaller training.learning_rate or a warm-up often helps. "
-                "The last checkpoint is kept"
-            )
-
-
 def log(run: Run, done: StepStatistics, progress: Progress) -> None:
     """Show and record the steps since the last logged line."""
     state = run.state
@@ -345,16 +379,17 @@ def log(run: Run, done: StepStatistics, progress: Progress) -> None:
     record(run, line)
 
 
-def evaluate_during_training(run: Run) -> bool:
-    """Evaluate the validation split and keep the weights if they are the best so far.
+def evaluate_during_training(run: Run, stop: StopRequest) -> None:
+    """Evaluate the validation split, keep the weights if they are the best so far, and see whether to stop early.
 
-    Returns:
-        whether to stop early.
+    Raises:
+        Interrupted: a signal came; nothing is recorded.
     """
     started = time.perf_counter()
     state, settings = run.state, run.inputs.recipe.evaluation
     split = run.inputs.splits["validation"]
-    scores = score(run, split, logits_of(run, split))
+    scores = score(run, split, logits_of(run, split, stop))
+    state.evaluated_step = state.step
     record(run, {"step": state.step, "split": "validation", **scores})
     shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
     value = scores[settings.best_metric]
@@ -374,14 +409,24 @@ def evaluate_during_training(run: Run) -> bool:
     if state.stopped_early:
         logger.info("stopping early: no better %s in %d evaluations", settings.best_metric, patience)
     state.seconds["evaluate"] += time.perf_counter() - started
-    return state.stopped_early
 
 
-def logits_of(run: Run, split: Split) -> Logits:
-    """Logits of a split, in smaller micro-batches if they do not fit; the same on every process."""
+def logits_of(run: Run, split: Split, stop: StopRequest) -> Logits:
+    """Logits of a split, in smaller micro-batches if they do not fit; the same on every process.
+
+    Raises:
+        Interrupted: a signal came.
+    """
     while True:
         try:
-            return predict_logits(run.accelerator, run.model, split.tokens, run.max_tokens, packed=run.packed)
+            return predict_logits(
+                run.accelerator,
+                run.model,
+                split.tokens,
+                run.max_tokens,
+                packed=run.packed,
+                between=stop.between(run.accelerator),
+            )
         except OutOfMemory as error:
             halve_token_budget(run, error)
 
@@ -393,16 +438,22 @@ def score(run: Run, split: Split, logits: Logits) -> dict[str, float]:
     )
 
 
-def finish(run: Run) -> dict[str, Any]:
+def finish(run: Run, stop: StopRequest) -> dict[str, Any]:
     """Take the best weights if the recipe says so, score every split, and write what the run leaves.
 
     Returns:
         the contents of results.json.
+
+    Raises:
+        Interrupted: a signal came; a checkpoint of the last step is there.
     """
     inputs, state, recipe = run.inputs, run.state, run.inputs.recipe
     step = state.step
+    last: dict[str, torch.Tensor] = {}
     if recipe.saving.load_best_model_at_end and state.best_step is not None:
         step = state.best_step
+        if run.plan.save_every is None:
+            last = {name: weight.clone() for name, weight in inputs.model.state_dict().items()}
         with hardware.together(run.accelerator):
             if run.folder.weights_step(run.folder.best) != step:
                 raise RunFolderError(
@@ -410,23 +461,27 @@ def finish(run: Run) -> dict[str, Any]:
                     "saving.load_best_model_at_end=false, and run again with --resume"
                 )
             inputs.model.load_state_dict(load_file(run.folder.best / "model.safetensors"))
+    try:
+        logits = {role: logits_of(run, inputs.splits[role], stop) for role in SCORED if role in inputs.splits}
+    except Interrupted:
+        if run.plan.save_every is None:
+            inputs.model.load_state_dict(last or inputs.model.state_dict())
+            save(run)
+        raise
     results: dict[str, Any] = {"train": throughput(run)}
     scores: dict[str, dict[str, float]] = {}
     reports: list[str] = []
-    for role in ("validation", "test"):
-        if role not in inputs.splits:
-            continue
+    for role, computed in logits.items():
         split = inputs.splits[role]
-        logits = logits_of(run, split)
         if split.rows.is_labelled:
-            scores[role] = score(run, split, logits)
-            details = metrics.detailed_report(logits, split.rows.labels, inputs.label_names)
+            scores[role] = score(run, split, computed)
+            details = metrics.detailed_report(computed, split.rows.labels, inputs.label_names)
             results[role] = {**scores[role], **details}
             reports.append(f"\n{role}\n{metrics.classification_report(details)}")
-        if run.is_main:
-            run.folder.write_predictions(
-                role, artifacts.prediction_rows(split, recipe.dataset, logits, inputs.label_names)
-            )
+        with hardware.together(run.accelerator):
+            if run.is_main:
+                records = artifacts.prediction_rows(split, recipe.dataset, computed, inputs.label_names)
+                run.folder.write_predictions(role, records)
     write_model(run, run.folder.model, scores, step)
     if run.is_main:
         write_json(run.folder.results, results)
@@ -434,6 +489,12 @@ def finish(run: Run) -> dict[str, Any]:
         print_scores(scores)
         print(f"\nrun: {run.folder.path}\nmodel: {run.folder.model}", flush=True)
     return results
+
+
+def end(run: Run) -> None:
+    """Close trackers and process group. Collective."""
+    close_trackers(run.accelerator)
+    hardware.leave_process_group(run.accelerator)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -456,6 +517,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--layout", choices=("auto", "packed", "padded"), default="auto", help="packed: without padding, where possible"
     )
     add("--gradient_checkpointing", action="store_true", help="compute activations twice instead of keeping them")
+    add(
+        "--ddp_timeout", type=int, default=hardware.TIMEOUT, metavar="SECONDS",
+        help="how long processes wait for one that does not answer (default: %(default)s)",
+    )  # fmt: skip
     add("--trust_remote_code", action="store_true", help="run code that the checkpoint's repository holds")
     return parser.parse_intermixed_args(argv)
 

@@ -46,6 +46,7 @@ class Rank:
     device = torch.device("cpu")
     scaler = None
     mixed_precision = "no"
+    trackers: list[Any] = []  # noqa: RUF012
 
     def __init__(self, group: Group, index: int) -> None:
         self.group, self.process_index, self.num_processes = group, index, group.count
@@ -89,8 +90,6 @@ class Rank:
 
     def wait_for_everyone(self) -> None:
         self.group.exchange(self.process_index, None)
-
-    def log(self, values: Any, step: int) -> None: ...
 
 
 def run_ranks(count: int, work: Callable[[Rank], None]) -> None:

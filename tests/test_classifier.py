@@ -16,9 +16,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from accel_trainer import dropout
 from accel_trainer.classifier import Classifier
+from accel_trainer.layout import ROUNDING
 from accel_trainer.model import DROPOUT_NAMES
 from accel_trainer.packing import Packing
-from accel_trainer.run import ROUNDING
 
 XLM = {"emb_dim": 16, "n_layers": 2, "n_heads": 2}
 BART = {

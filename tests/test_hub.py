@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import datasets
+import huggingface_hub
+import pytest
 import yaml
 from harness import start
 from support import reviews, tiny_recipe, write_csv
 from transformers import BertConfig, BertModel
 
+from accel_trainer.hub import is_on_hub, use_cache_if_unreachable
 from accel_trainer.recipe import TokenizerTraining
 from accel_trainer.tokenization import train_word_pieces
 
@@ -73,6 +79,18 @@ def test_hub_ids_train_from_a_cache_and_are_pinned(tmp_path: Path) -> None:
     assert pinned["model"]["checkpoint"] == "team/tiny-bert"
     assert pinned["model"]["revision"] == COMMIT["model"]
 
+    down = start(
+        [sys.executable, "-m", "accel_trainer.train", str(recipe), "--output_dir", "down"],
+        tmp_path,
+        HF_HOME=str(home),
+        ACCELERATE_USE_CPU="true",
+        HF_HUB_OFFLINE="0",
+        HF_ENDPOINT="http://127.0.0.1:9",  # nobody answers
+    )
+    assert down.code == 0, down.err
+    for name in ("metrics.jsonl", "model/model.safetensors"):
+        assert (tmp_path / "down" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+
     missing = start(
         [
             sys.executable,
@@ -91,3 +109,38 @@ def test_hub_ids_train_from_a_cache_and_are_pinned(tmp_path: Path) -> None:
     assert "model.checkpoint" in missing.err
     assert "team/another" in missing.err
     assert "Traceback" not in missing.err
+
+
+class Session:
+    """A client whose every request is answered alike."""
+
+    def __init__(self, answer: int | Exception) -> None:
+        self.answer, self.asked = answer, 0
+
+    def head(self, address: str, timeout: float) -> Any:
+        self.asked += 1
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return SimpleNamespace(status_code=self.answer)
+
+
+@pytest.mark.parametrize(
+    ("answer", "offline"), [(200, False), (401, False), (404, False), (503, True), (ConnectionError("x"), True)]
+)
+def test_the_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch, answer: int | Exception, offline: bool) -> None:
+    session = Session(answer)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: session)
+    for _ in range(2):
+        use_cache_if_unreachable()
+    assert huggingface_hub.constants.is_offline_mode() is offline
+    assert datasets.config.HF_HUB_OFFLINE is offline
+    assert session.asked == (1 if offline else 2)
+
+
+def test_local_names_are_not_asked_of_the_hub(tmp_path: Path) -> None:
+    assert not is_on_hub(None)
+    assert not is_on_hub(str(tmp_path))
+    assert is_on_hub("google-bert/bert-base-chinese")

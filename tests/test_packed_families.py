@@ -25,9 +25,9 @@ from accel_trainer.data import Split
 from accel_trainer.errors import UserError
 from accel_trainer.evaluation import predict_logits
 from accel_trainer.last_layer import FIRST_TOKEN_LAYERS
+from accel_trainer.layout import choose_layout, why_unpacked
 from accel_trainer.model import DROPOUT_NAMES
 from accel_trainer.predict import load_predictor
-from accel_trainer.run import choose_layout, why_unpacked
 from accel_trainer.tokenization import OFFSET_POSITIONS, Batch, Tokens
 
 CPU = torch.device("cpu")
@@ -544,7 +544,7 @@ def test_families_that_pass_the_trial_deserve_it(family: str, p: float) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_known_families_are_not_tried(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     classifier = Classifier(build(family, 0.1))
-    monkeypatch.setattr("accel_trainer.run.strays", lambda *_: pytest.fail("tried"))
+    monkeypatch.setattr("accel_trainer.layout.strays", lambda *_: pytest.fail("tried"))
     assert choose(classifier, "auto") is True
     assert choose(classifier, "packed") is True
     assert choose(classifier, "padded") is False
@@ -589,19 +589,19 @@ def test_a_difference_or_none_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     classifier = Classifier(build("camembert", 0.1, WIDE))
     split = cast(Split, Texts(classifier.model.config))
     for difference, reason in ((9e-5, None), (2e-3, "its logits move by 2e-03"), (math.inf, "its logits move by inf")):
-        monkeypatch.setattr("accel_trainer.run.strays", lambda *_, difference=difference: difference)
+        monkeypatch.setattr("accel_trainer.layout.strays", lambda *_, difference=difference: difference)
         assert why_unpacked(classifier, split, np.arange(3)) == reason
 
     def fails(*_: Any) -> float:
         raise RuntimeError("the first line\nthe second")
 
-    monkeypatch.setattr("accel_trainer.run.strays", fails)
+    monkeypatch.setattr("accel_trainer.layout.strays", fails)
     assert why_unpacked(classifier, split, np.arange(3)) == "it fails: the first line"
 
     def fails_without_a_word(*_: Any) -> float:
         raise KeyError
 
-    monkeypatch.setattr("accel_trainer.run.strays", fails_without_a_word)
+    monkeypatch.setattr("accel_trainer.layout.strays", fails_without_a_word)
     assert why_unpacked(classifier, split, np.arange(3)) == "it fails: KeyError"
 
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
+from accel_trainer import run_folder
 from accel_trainer.errors import Interrupted, RunFolderError, TrainingFailed, UserError
-from accel_trainer.run_folder import RunFolder, open_run_folder, watched, write_json, write_text
+from accel_trainer.run_folder import RunFolder, opened, watched, write_json, write_text
 from accel_trainer.writing import committed
 
 
@@ -45,7 +50,7 @@ def test_a_failed_replacement_keeps_the_old_file(tmp_path: Path, monkeypatch: py
 
 
 def test_metrics_are_appended_and_cut(folder: RunFolder) -> None:
-    folder.cut_metrics(3)
+    folder.cut_metrics(3, 3)
     assert not folder.metrics.exists()
     lines: list[dict[str, Any]] = [{"step": step, "loss": 1 / step} for step in range(1, 6)]
     lines.insert(3, {"step": 3, "split": "validation", "f1": 0.5})
@@ -53,11 +58,13 @@ def test_metrics_are_appended_and_cut(folder: RunFolder) -> None:
         folder.append_metrics(line)
     with folder.metrics.open("a") as file:
         file.write('{"step": 2, "lo')  # a killed process's last words
-    folder.cut_metrics(3)
+    folder.cut_metrics(3, 3)
     assert [json.loads(text) for text in folder.metrics.read_text().splitlines()] == lines[:4]
+    folder.cut_metrics(3, 2)  # the evaluation after step 3 is to be made up for
+    assert [json.loads(text) for text in folder.metrics.read_text().splitlines()] == lines[:3]
     folder.append_metrics({"step": 4, "loss": float("nan")})
     assert json.loads(folder.metrics.read_text().splitlines()[-1]) == {"step": 4, "loss": None}
-    folder.cut_metrics(0)
+    folder.cut_metrics(0, 0)
     assert folder.metrics.read_text() == ""
 
 
@@ -69,30 +76,35 @@ def test_predictions_are_one_line_per_row(folder: RunFolder) -> None:
     ]
 
 
+def open_and_close(folder: RunFolder, *, resume: bool) -> None:
+    with opened(folder, resume=resume):
+        pass
+
+
 def test_opening(folder: RunFolder) -> None:
-    open_run_folder(folder, resume=False)
+    open_and_close(folder, resume=False)
     assert folder.path.is_dir()
     assert not folder.holds_a_run
-    open_run_folder(folder, resume=False)  # an empty folder is free
+    open_and_close(folder, resume=False)  # an empty folder is free
     folder.set_status("failed", 0)
-    open_run_folder(folder, resume=False)  # so is one where a mistake was found before the first step
+    open_and_close(folder, resume=False)  # so is one where a mistake was found before the first step
     folder.set_status("interrupted", 4)
     folder.append_metrics({"step": 1})
     with pytest.raises(RunFolderError, match=r"a run lies there already \(interrupted\); continue it with --resume"):
-        open_run_folder(folder, resume=False)
-    open_run_folder(folder, resume=True)
+        open_and_close(folder, resume=False)
+    open_and_close(folder, resume=True)
 
 
 def test_checkpoints_alone_are_a_run(folder: RunFolder) -> None:
     folder.checkpoints.mkdir(parents=True)
     with pytest.raises(RunFolderError, match=r"\(unknown\)"):
-        open_run_folder(folder, resume=False)
+        open_and_close(folder, resume=False)
 
 
 def test_opening_puts_back_what_was_laid_aside(folder: RunFolder) -> None:
     for name in (".best.old", ".model.old"):
         (folder.path / name).mkdir(parents=True)
-    open_run_folder(folder, resume=True)
+    open_and_close(folder, resume=True)
     assert folder.best.is_dir()
     assert folder.model.is_dir()
 
@@ -100,10 +112,97 @@ def test_opening_puts_back_what_was_laid_aside(folder: RunFolder) -> None:
 def test_a_place_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFolderError, match=r"--output_dir .*file"):
-        open_run_folder(RunFolder(tmp_path / "file"), resume=False)
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(RunFolderError, match="read-only"):
-        open_run_folder(RunFolder(tmp_path / "locked"), resume=False)
+        open_and_close(RunFolder(tmp_path / "file"), resume=False)
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_a_place_that_cannot_be_locked_cannot_be_written(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    with pytest.raises(
+        RunFolderError, match=rf"--output_dir .*: {os.strerror(number)}; choose a folder that you may write"
+    ):
+        open_and_close(folder, resume=False)
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("flock"), OSError(errno.ENOLCK, "No locks available")])
+def test_a_file_system_without_locks_is_used_with_a_warning(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise error
+
+    told: list[str] = []
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    monkeypatch.setattr(run_folder.logger, "warning", lambda message, *values: told.append(message % values))
+    open_and_close(folder, resume=False)
+    (warning,) = told
+    assert "cannot be locked" in warning
+
+
+LOCKING = """
+import sys
+from pathlib import Path
+from accel_trainer.run_folder import RunFolder, opened
+
+with opened(RunFolder(Path(sys.argv[1])), resume=True):
+    print("inside", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_another_launch_is_kept_out_until_the_first_has_died(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, resume: bool
+) -> None:
+    monkeypatch.setattr(run_folder, "LET_GO", 0.2)
+    command = [sys.executable, "-c", LOCKING, str(folder.path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "inside\n"
+        folder.set_status("running", 3)
+        for _ in range(2):  # a refused launch does not let go of what the other holds
+            with pytest.raises(RunFolderError, match="another launch is at work in this folder"):
+                open_and_close(folder, resume=resume)
+        folder.note_mistake(UserError("of the second launch"), resume=True)
+        assert folder.status()["state"] == "running"
+        other.kill()
+        other.wait()
+    open_and_close(folder, resume=resume)  # the system let go
+    folder.note_mistake(UserError("of a later launch"), resume=True)
+    assert folder.status() == {"state": "failed", "exit_code": 2, "step": 3, "reason": "of a later launch"}
+
+
+def test_a_resumed_run_waits_for_one_that_is_ending(folder: RunFolder) -> None:
+    inside, leaving = threading.Event(), threading.Event()
+
+    def ending() -> None:
+        with opened(RunFolder(folder.path), resume=False):
+            inside.set()
+            leaving.wait(60)
+
+    first = threading.Thread(target=ending)
+    first.start()
+    assert inside.wait(60)
+    later = threading.Timer(0.5, leaving.set)
+    later.start()
+    with opened(folder, resume=True):
+        assert leaving.is_set()
+    first.join()
+
+
+def test_what_killed_processes_left_is_swept(folder: RunFolder) -> None:
+    for place in (folder.path, folder.checkpoints, folder.predictions):
+        (place / ".checkpoint-4.writing").mkdir(parents=True)
+        (place / ".status.json.123.writing").write_text("{")
+    folder.not_finite.write_text("{}")
+    open_and_close(folder, resume=True)
+    left = sorted(str(path.relative_to(folder.path)) for path in folder.path.rglob("*"))
+    assert left == [".lock", "checkpoints", "predictions"]
 
 
 def test_status_of_a_broken_file_is_empty(folder: RunFolder) -> None:
@@ -180,9 +279,12 @@ def test_a_mistake_is_noted_where_it_was_made(folder: RunFolder) -> None:
     assert folder.status()["reason"] == "stopped"
     folder.note_mistake(UserError("this run's"), resume=True)
     assert folder.status() == {"state": "failed", "exit_code": 2, "step": 4, "reason": "this run's"}
-    folder.set_status("running", 5)
-    folder.note_mistake(UserError("a second launch"), resume=True)
-    assert folder.status()["state"] == "running"
+    folder.set_status("running", 5)  # of a process that was killed
+    folder.note_mistake(UserError("of a launch after it"), resume=True)
+    assert folder.status()["reason"] == "of a launch after it"
+    folder.set_status("done", 5)
+    folder.note_mistake(UserError("of a launch after the end"), resume=True)
+    assert folder.status()["state"] == "done"
 
 
 def test_a_mistake_that_cannot_be_noted_is_still_told(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,9 +296,13 @@ def test_the_step_of_weights(folder: RunFolder) -> None:
     assert folder.weights_step(folder.best) is None
     with committed(folder.best) as writing:
         (writing / "training.json").write_text('{"step": 12}')
-        (writing / "model.safetensors").write_bytes(b"12345")
+        (writing / "model.safetensors").write_bytes(b"\x08" + bytes(7) + b"{}      ")  # no tensors
     assert folder.weights_step(folder.best) == 12
-    (folder.best / "model.safetensors").write_bytes(b"12346")
+    (folder.best / "model.safetensors").write_bytes(b"\x08" + bytes(7) + b"     {} ")
+    assert folder.weights_step(folder.best) is None
+    with committed(folder.best) as writing:
+        (writing / "training.json").write_text("{}")
+        (writing / "model.safetensors").write_bytes(b"\x08" + bytes(7) + b"{}      ")
     assert folder.weights_step(folder.best) is None
 
 

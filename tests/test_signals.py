@@ -39,9 +39,58 @@ def test_a_signal_is_noted(number: signal.Signals) -> None:
         raise Interrupted("honoured")
 
 
-def test_a_request_that_no_step_heard_is_not_lost() -> None:
-    with pytest.raises(Interrupted, match="after the last step"), StopRequest():
-        os.kill(os.getpid(), signal.SIGTERM)
+@pytest.mark.parametrize("asked", [True, False])
+def test_between_micro_batches_a_request_is_heard(asked: bool) -> None:
+    with StopRequest() as stop:
+        between = stop.between(ALONE)
+        between()
+        if asked:
+            os.kill(os.getpid(), signal.SIGTERM)
+            with pytest.raises(Interrupted, match="while evaluating"):
+                between()
+        else:
+            between()
+
+
+def test_an_evaluation_has_a_pace_of_its_own(clock: Time) -> None:
+    """Fast steps make the processes agree every hundredth; slow micro-batches must not wait for a hundred of them."""
+    group: Any = Together()
+    with StopRequest() as stop:
+        for _ in range(300):
+            assert not stop.agreed(group)
+        before = group.calls
+        between = stop.between(group)
+        for _ in range(5):
+            clock.now += 2.0
+            between()
+        assert group.calls == before + 5
+
+
+def test_a_closed_terminal_stops_unless_nohup_said_otherwise() -> None:
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with pytest.raises(Interrupted), interrupted_by_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with interrupted_by_signals(), StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.agreed(ALONE)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_other_threads_leave_signals_alone() -> None:
+    seen: list[Any] = []
+
+    def work() -> None:
+        with interrupted_by_signals(), StopRequest() as stop:
+            seen.append(stop.agreed(ALONE))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [False]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

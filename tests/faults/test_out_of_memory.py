@@ -37,7 +37,7 @@ from accel_trainer.hardware import out_of_memory_named
 from accel_trainer.inputs import Inputs, read_inputs
 from accel_trainer.recipe_file import load_recipe
 from accel_trainer.run import continue_run, prepare
-from accel_trainer.run_folder import RunFolder, open_run_folder
+from accel_trainer.run_folder import RunFolder, opened
 from accel_trainer.signals import StopRequest
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has a total capacity of 1 GiB.")
@@ -506,7 +506,8 @@ def test_the_smallest_wish_counts(tmp_path: Path) -> None:
 def test_a_new_run_has_no_wishes(tmp_path: Path, resume: bool) -> None:
     folder = RunFolder(tmp_path)
     folder.set_token_budget(64)
-    open_run_folder(folder, resume=resume)
+    with opened(folder, resume=resume):
+        pass
     assert folder.token_budget() == (64 if resume else None)
 
 

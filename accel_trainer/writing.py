@@ -15,6 +15,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -70,16 +71,28 @@ def committed(final: Path) -> Iterator[Path]:
             final.rename(aside)
         temporary.rename(final)
         _flush(final.parent)
-    except (OSError, SafetensorError) as error:  # safetensors wraps what the disk says
+    except Exception as error:
+        reason = _of_the_disk(error)
+        if reason is None:
+            raise
         raise RunFolderError(
-            f"cannot write {final}: {getattr(error, 'strerror', None) or error}; what was saved before is kept. Make space or choose another "
-            "--output_dir, then continue with --resume"
+            f"cannot write {final}: {reason}; what was saved before is kept. Make space or choose another --output_dir, then "
+            "continue with --resume"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         with suppress(OSError):  # the next start tries again
             restore_interrupted(final)
     remove(aside)
+
+
+def _of_the_disk(error: Exception) -> str | None:
+    """What the disk said; None if the error is about something else."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, SafetensorError) or re.search(r"\(os error \d+\)", str(error)):
+        return str(error)  # libraries in Rust wrap it, the tokenizers' in a bare Exception
+    return None
 
 
 def _aside(final: Path) -> Path:

@@ -105,3 +105,15 @@ def test_every_link_within_the_document_leads_to_a_heading() -> None:
     links = re.findall(r"\]\(#([^)]*)\)", DOCUMENT)
     assert links
     assert not set(links) - anchors
+
+
+def test_every_fault_of_the_table_has_a_test_that_exists() -> None:
+    document = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    rows = [line for line in document.splitlines() if line.startswith("| ") and not line.startswith("| fault")]
+    assert len(rows) >= 20
+    for row in rows:
+        named = re.findall(r"`([\w/]+\.py)(?:::(\w+))?`", row)
+        assert named, row
+        for file, function in named:
+            source = (ROOT / "tests" / file).read_text(encoding="utf-8")
+            assert not function or re.search(rf"^def {function}\(", source, re.MULTILINE), (file, function)

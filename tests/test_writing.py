@@ -393,3 +393,19 @@ def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"), replaced(tmp_path / "file" / "x.txt"):
         pytest.fail("there is nowhere to write")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "No space left"),
+        (Exception("No space left on device (os error 28)"), "No space left"),  # of tokenizers
+    ],
+)
+def test_whatever_library_says_what_the_disk_said(tmp_path: Path, error: Exception, said: str) -> None:
+    with pytest.raises(RunFolderError, match=f"cannot write .*final: .*{said}"), committed(tmp_path / "final"):
+        raise error
+    with pytest.raises(Exception, match="other") as caught, committed(tmp_path / "final"):
+        raise Exception("something other")
+    assert type(caught.value) is Exception

@@ -109,6 +109,8 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], d
     Raises:
         RunFolderError: it is damaged or no checkpoint; nothing of it was used.
     """
+    if not path.is_dir():
+        raise RunFolderError(f"{path}: there is no such folder; name a checkpoint, or use --resume")
     reason = flaw(path)
     if reason is not None:
         raise RunFolderError(f"{path}: {reason}; use another checkpoint, or --resume to take the newest sound one")

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from accel_trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER_MISTAKE, AccelTrainerError, Interrupted, UserError
+from accel_trainer.redaction import Parser
 
 
 def show(arguments: argparse.Namespace) -> int:
@@ -118,7 +119,7 @@ def process_counts(text: str) -> list[int]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="accel-trainer", description="Recipes and trained text classifiers. Training itself: accel_trainer.train."
     )
     verbs = parser.add_subparsers(dest="verb", required=True)

@@ -29,21 +29,15 @@ PACKAGES = ("accel_trainer", "torch", "transformers", "accelerate", "datasets", 
 # How errors without a type of their own say that the memory is full: CUDA, ROCm and MPS; CPU; cuBLAS and cuDNN; XLA.
 OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator: ", "_STATUS_ALLOC_FAILED", "RESOURCE_EXHAUSTED")
 # How a collective says that another process did not take part in it: Gloo; NCCL; the store that processes meet at.
-LOST = (
-    "gloo",
-    "Gloo",
-    "NCCL",
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Timed out waiting",
-    "TCPStore",
-)
+LOST = ("/gloo/", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "TCPStore")
 TIMEOUT = 1800  # seconds, as `TrainingArguments.ddp_timeout`
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _GROUPS: list[Any] = []  # see `leave_process_group`
 REFUSED = {
-    DistributedType.DEEPSPEED: "DeepSpeed owns the optimizer step and pickles its checkpoints; use FSDP instead",
-    DistributedType.MEGATRON_LM: "Megatron-LM owns the training loop; use FSDP instead",
+    DistributedType.DEEPSPEED: "DeepSpeed owns the optimizer step and pickles its checkpoints; use multi_gpu.yaml instead",
+    DistributedType.MEGATRON_LM: "Megatron-LM owns the training loop; use multi_gpu.yaml instead",
+    DistributedType.FSDP: "a checkpoint of sharded weights cannot be gone on from yet; use multi_gpu.yaml, and "
+    "--gradient_checkpointing where memory is short",
 }
 
 
@@ -62,6 +56,8 @@ def start_accelerator(
             program cannot keep its promise with.
         UserError: a tracker is not installed.
     """
+    if timeout < 1:
+        raise UserError(f"--ddp_timeout {timeout}: give seconds, 1 or more")
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     gc.freeze()  # what is imported by now stays for ever
     gc.set_threshold(*COLLECTION_THRESHOLD)
@@ -83,6 +79,8 @@ def start_accelerator(
         )
     except (ValueError, ImportError) as error:
         raise HardwareError(f"accelerate config: {error}") from error
+    except torch.distributed.DistError as error:
+        raise HardwareError(f"the processes of the launch do not find each other: {error}") from error
     # Accelerate leaves out, without a word, the trackers whose package is not installed.
     missing = sorted(set(report_to) - {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with})
     if missing:
@@ -186,7 +184,12 @@ def lost_processes_named(accelerator: Accelerator) -> Iterator[None]:
         if accelerator.num_processes == 1 or not (told or any(sign in str(error) for sign in LOST)):
             raise
         # Without the place in the library's source before it, and the advice after it.
-        reason = re.sub(r"^\[[^\]]*\]\s*", "", str(error)).partition("\n")[0].partition(". ")[0].strip().rstrip(".")
+        text = str(error).partition("Last error:")[2] or re.sub(r"^\[[^\]]*\]\s*", "", str(error))
+        reason = text.strip().partition("\n")[0].partition(". ")[0].strip().rstrip(".")
+        if "invalid usage" in str(error):
+            raise HardwareError(
+                f"the processes cannot talk to each other: {reason}; check the accelerate config"
+            ) from error
         raise ProcessLost(
             f"process {accelerator.process_index} of {accelerator.num_processes} lost another one, which died or answers no "
             f"more ({reason}). The last checkpoint is kept: run the same line again with --resume"
@@ -209,6 +212,8 @@ def leave_process_group(accelerator: Accelerator) -> None:
 def together(accelerator: Accelerator) -> Iterator[None]:
     """If a user's mistake shows on any process inside the block, raise it on all, so that none waits for ever. Collective.
 
+    So it is with a file that cannot be had.
+
     Raises:
         UserError: this process's own, or else the message of the lowest rank that has one.
     """
@@ -217,6 +222,9 @@ def together(accelerator: Accelerator) -> Iterator[None]:
         yield
     except UserError as error:
         mistake = error
+    except OSError as error:
+        mistake = UserError(f"{error.filename or 'a file'}: {error.strerror or error}")
+        mistake.__cause__ = error
     if accelerator.num_processes > 1:
         messages = gather_object([None if mistake is None else str(mistake)])
         others = [message for message in messages if message is not None]

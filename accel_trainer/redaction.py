@@ -6,8 +6,12 @@ recipes are shared. What the data say is never changed.
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
+from typing import NoReturn
+
+from typing_extensions import override
 
 HIDDEN = "***"
 SHORTEST = 8  # characters of a secret in the environment; a shorter one would be found in many an innocent word
@@ -19,7 +23,7 @@ _SHAPES = (
     re.compile(r"\bAKIA[0-9A-Z]{16}\b"),  # Amazon
     re.compile(r"(?<=://)[^/\s@:'\"]*:[^/\s@'\"]+(?=@)"),  # user:password@host
     re.compile(r"(?<=://)[^/\s@:'\"]{20,}(?=@)"),  # token@host
-    re.compile(r"(?i)(?<=[?&])[\w.-]*(?:token|secret|password|signature|sig|key|credential)[\w.-]*=[^&\s#'\"]+"),
+    re.compile(r"(?i)(?<=[?&])[\w.-]*(?:token|secret|password|signature|sig|key|credential)[\w.-]*=[^&\s#'\"`)]+"),
     re.compile(r"(?i)(?<=\bbearer )[A-Za-z0-9._~+/=-]{16,}"),
 )
 
@@ -37,3 +41,11 @@ def without_secrets(text: str) -> str:
 def holds_secret(text: str) -> bool:
     """Whether something in the text has the shape of a token or password."""
     return any(shape.search(text) for shape in _SHAPES)
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line that shows no token that stands where something else was expected."""
+
+    @override
+    def error(self, message: str) -> NoReturn:
+        super().error(without_secrets(message))

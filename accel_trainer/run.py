@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -257,22 +258,26 @@ def write_best(run: Run, scores: dict[str, float]) -> None:
     in between goes on from the last one, and must find what it remembers.
     """
     folder = run.folder
-    if run.is_main and folder.best.exists() and not folder.best_before.exists() and folder.checkpoints.exists():
-        folder.best.rename(folder.best_before)
+    with hardware.together(run.accelerator):
+        if run.is_main and folder.best.exists() and not folder.best_before.exists() and folder.checkpoints.exists():
+            folder.best.rename(folder.best_before)
     write_model(run, run.folder.best, {"validation": scores}, run.state.step)
 
 
 def settle_best(run: Run) -> None:
     """After a restore, let `best/` hold the weights that the state calls best; if they are gone, forget them and say so."""
-    folder, wanted = run.folder, run.state.best_step
-    if run.is_main:
-        if folder.weights_step(folder.best) != wanted:
-            shutil.rmtree(folder.best, ignore_errors=True)  # of steps that are about to be taken again
-            if wanted is not None and folder.weights_step(folder.best_before) == wanted:
-                folder.best_before.rename(folder.best)
-        shutil.rmtree(folder.best_before, ignore_errors=True)  # what is left there is older than the last checkpoint
-    run.accelerator.wait_for_everyone()
-    if wanted is not None and folder.weights_step(folder.best) != wanted:
+    folder, wanted, found = run.folder, run.state.best_step, True
+    with hardware.together(run.accelerator):
+        if run.is_main:
+            if folder.weights_step(folder.best) != wanted:
+                shutil.rmtree(folder.best, ignore_errors=True)  # of steps that are about to be taken again
+                if wanted is not None and folder.weights_step(folder.best_before) == wanted:
+                    folder.best_before.rename(folder.best)
+            shutil.rmtree(
+                folder.best_before, ignore_errors=True
+            )  # what is left there is older than the last checkpoint
+            found = wanted is None or folder.weights_step(folder.best) == wanted
+    if not gather_object([found])[0]:  # as the main process sees it: one that thought otherwise would wait for ever
         logger.warning(
             "the best weights so far, of step %d, are no longer in %s: the best from here on are kept",
             wanted,
@@ -340,9 +345,16 @@ def restore(run: Run, path: Path, allow_changed: Sequence[str], *, keep_token_bu
     """
     weights, tensors, saved = checkpoint.load_checkpoint(path)
     check_state(path, saved)
+    now_in_force = mathematics(run.inputs)
+    known = [*flat(saved["mathematics"]), *flat(now_in_force)]
+    for allowed in allow_changed:
+        if not any(key == allowed or key.startswith(f"{allowed}.") for key in known):
+            raise RunFolderError(
+                f"--allow_changed {allowed}: there is no such key; name one such as training.learning_rate"
+            )
     changed = [
         (key, before, now)
-        for key, before, now in differences(saved["mathematics"], mathematics(run.inputs))
+        for key, before, now in differences(saved["mathematics"], now_in_force)
         if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in allow_changed)
     ]
     if changed:
@@ -393,6 +405,11 @@ def continue_run(run: Run, path: Path | None, allow_changed: Sequence[str], *, k
     for complaint in complaints:
         logger.warning("%s", complaint)
     with hardware.together(run.accelerator):
+        if path is None and complaints:
+            raise RunFolderError(
+                f"{run.folder.checkpoints}: none of the checkpoints can be gone on from; bring one back, use the version that "
+                "wrote them, or start afresh in another --output_dir"
+            )
         if path is not None:
             restore(run, path, allow_changed, keep_token_budget=keep_token_budget)
     if keep_token_budget:  # and what a process out of memory asked for
@@ -403,20 +420,27 @@ def continue_run(run: Run, path: Path | None, allow_changed: Sequence[str], *, k
             f"{run.folder.path}: the processes see checkpoints of different steps ({', '.join(map(str, steps))}); "
             "--output_dir must lie on storage that all machines share"
         )
-    if run.is_main:  # before anything that they refer to is changed: whoever is killed now goes on from here again
-        checkpoint.abandon_later(run.folder.checkpoints, run.state.step)
+    with hardware.together(run.accelerator):
+        if run.is_main:  # before anything that they refer to is changed: whoever is killed now goes on from here again
+            checkpoint.abandon_later(run.folder.checkpoints, run.state.step)
     settle_best(run)
     if path is None:
         logger.info("no checkpoint in %s: starting from the beginning", run.folder.path)
     else:
         logger.info("continuing from %s, step %d of %d", path, run.state.step, run.plan.total_steps)
-    if run.is_main:
-        run.folder.cut_metrics(run.state.step, run.state.evaluated_step)
+    with hardware.together(run.accelerator):
+        if run.is_main:
+            run.folder.cut_metrics(run.state.step, run.state.evaluated_step)
     run.accelerator.wait_for_everyone()
 
 
-def fail_not_finite(run: Run, step: int) -> NoReturn:
+def fail_not_finite(run: Run, step: int, remedy: str) -> NoReturn:
     """End a run whose loss or gradient is no number any more, with the rows of that step in a file. On every process.
+
+    Args:
+        run: at that step, or some steps after it.
+        step: counted from 1.
+        remedy: what often helps.
 
     Raises:
         TrainingFailed: always; what was saved is kept.
@@ -426,10 +450,16 @@ def fail_not_finite(run: Run, step: int) -> NoReturn:
         split = run.inputs.splits["train"]
         named = artifacts.named_rows(split, run.inputs.recipe.dataset, rows, run.inputs.label_names)
         write_json(run.folder.not_finite, {"step": step, "epoch": run.plan.epoch(step), "rows": named})
+    saved = checkpoint.checkpoints(run.folder.checkpoints)
     raise TrainingFailed(
-        f"the loss or the gradient of step {step} is not finite (NaN or infinite). The rows of that global batch are in "
-        f"{run.folder.not_finite}, the last checkpoint is kept. A smaller training.learning_rate, a warm-up or max_grad_norm "
-        "often helps: --resume --allow_changed training.learning_rate goes on from the checkpoint with another"
+        f"the loss or the gradient of step {step} is not finite (NaN or infinite); the rows of that global batch are in "
+        f"{run.folder.not_finite}. {remedy} "
+        + (
+            f"The checkpoint of step {saved[-1][0]} is kept: --resume training.learning_rate=… --allow_changed "
+            "training.learning_rate goes on from it at another rate"
+            if saved
+            else "No checkpoint was saved yet: start afresh in another --output_dir"
+        )
     )
 
 
@@ -454,9 +484,8 @@ def halve_token_budget(run: Run, error: OutOfMemory) -> None:
         "line again with --resume (and without --max_tokens_per_device), and it goes on with micro-batches of "
         f"{run.max_tokens} tokens"
     )
-    run.folder.set_token_budget(run.max_tokens)
-    # The main process will see no more than a connection that breaks, and may be killed before it can say so.
-    run.folder.set_status("failed", run.state.step, ended.exit_code, f"{type(ended).__name__}: {ended}")
+    with suppress(RunFolderError):  # a full disk is not what ends the run
+        run.folder.set_token_budget(run.max_tokens)
     raise ended from error
 
 

@@ -83,7 +83,9 @@ class RunFolder:
         self._status = path / "status.json"
         self._token_budget = path / "token_budget.json"
         self.not_finite = path / "not_finite.json"
-        self._lock = FileLock(path / ".lock")
+        self._lock = FileLock(
+            path / ".lock", fallback_to_soft=False
+        )  # nobody would release one that a killed process left
 
     @property
     def holds_a_run(self) -> bool:
@@ -122,10 +124,10 @@ class RunFolder:
     def status(self) -> dict[str, Any]:
         """What status.json says; empty if there is none or it cannot be read."""
         try:
-            status: dict[str, Any] = json.loads(self._status.read_text(encoding="utf-8"))
+            status = json.loads(self._status.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
-        return status
+        return status if isinstance(status, dict) else {}
 
     def set_status(self, state: State, step: int, exit_code: int | None = None, reason: str | None = None) -> None:
         """Say how the run stands, for whoever watches it from outside."""
@@ -135,8 +137,8 @@ class RunFolder:
     def token_budget(self) -> int | None:
         """Tokens of a micro-batch that a process out of memory asked for; None if none did."""
         try:
-            found: int = json.loads(self._token_budget.read_text(encoding="utf-8"))["max_tokens_per_device"]
-        except (OSError, ValueError, KeyError):
+            found = int(json.loads(self._token_budget.read_text(encoding="utf-8"))["max_tokens_per_device"])
+        except (OSError, ValueError, KeyError, TypeError):
             return None
         return found
 
@@ -160,9 +162,13 @@ class RunFolder:
 
     def note_mistake(self, error: UserError, *, resume: bool) -> None:
         """Say in status.json that a launch ended in a mistake, unless the folder is another run's or a live one's."""
-        if (resume or not self.holds_a_run) and self.status().get("state") != "done":
-            with suppress(RunFolderError), self.locked():
-                self.set_status("failed", self.status().get("step") or 0, error.exit_code, str(error))
+        with suppress(RunFolderError):
+            if not resume and self.holds_a_run:
+                return
+            with self.locked():
+                told = self.status()
+                if told.get("state") != "done" and str(error) not in (told.get("reason") or ""):
+                    self.set_status("failed", told.get("step") or 0, error.exit_code, str(error))
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl."""
@@ -180,8 +186,10 @@ class RunFolder:
         if not self.metrics.exists():
             return
         kept = []
-        for text in self.metrics.read_text(encoding="utf-8").splitlines():
+        for text in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
+                if "\ufffd" in text:
+                    continue
                 line = json.loads(text)
                 if line["step"] <= (evaluated_step if "split" in line else step):
                     kept.append(text)
@@ -248,12 +256,14 @@ def watched(folder: RunFolder, is_main_process: bool) -> Iterator[Watch]:
         if is_main_process or folder.status().get("state") == "running":
             folder.set_status(state, watch.steps_done(), code, reason)
 
-    if is_main_process:
-        report("running")
-    try:
-        yield watch
-    except BaseException as error:
-        with handling(signal.SIG_IGN):  # the launcher ends the others as soon as one has ended
+    with handling(
+        signal.SIG_IGN
+    ):  # outside of what listens in the block: a launcher ends the others when one has ended
+        if is_main_process:
+            report("running")
+        try:
+            yield watch
+        except BaseException as error:
             ended = error
             if isinstance(error, ProcessLost):
                 told = _last_words(folder)
@@ -270,11 +280,11 @@ def watched(folder: RunFolder, is_main_process: bool) -> Iterator[Watch]:
                 named = type(ended) is not TrainingFailed or ended is error  # else the other's reason has its name
                 with suppress(RunFolderError):  # a full disk has been told already, by the error itself
                     report("failed", code, f"{type(ended).__name__}: {ended}" if named else str(ended))
-        if ended is not error:
-            raise ended from error
-        raise
-    if is_main_process:
-        report("done", EXIT_DONE)
+            if ended is not error:
+                raise ended from error
+            raise
+        if is_main_process:
+            report("done", EXIT_DONE)
 
 
 def _last_words(folder: RunFolder) -> dict[str, Any]:

@@ -1,19 +1,14 @@
-"""Signals: a run that is asked to stop ends where all processes agree on, or at once where nothing is under way.
-
-The death of the launcher counts as one.
-"""
+"""Signals: a run that is asked to stop ends where all processes agree on, or at once where nothing is under way."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
+from functools import cache
 from typing import Any, Self
 
 import torch
@@ -22,23 +17,30 @@ from accelerate import Accelerator
 from accel_trainer.errors import Interrupted
 
 AGREEMENT = 1.0  # seconds between two times that the processes ask each other; a scheduler's grace is 30 or more
+LONGEST = 100  # calls between two such times
 IMPATIENCE = 3.0  # seconds after which a second Ctrl-C means "now"; a launcher and a terminal may both send the first
-PR_SET_PDEATHSIG = 1  # of sys/prctl.h
-LAUNCHERS = ("accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run")
-# What only launchers set, and what tells a process whose launcher died early from one that init started.
-LAUNCHED = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_BACKEND")
 
 
 class StopSignal(KeyboardInterrupt):
     """A signal where no step is under way. No `except Exception` of a library may take it for a failure of its own."""
 
 
+@cache
 def stop_signals() -> list[signal.Signals]:
-    """The signals that ask a run to stop. A closed terminal does, unless `nohup` said that it should not."""
+    """The signals that ask a run to stop. A closed terminal does, unless `nohup` said, at the start, that it should not."""
     asking = [signal.SIGTERM, signal.SIGINT]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         asking.append(signal.SIGHUP)
     return asking
+
+
+def ignore_stop_signals() -> None:
+    """For a process that has nothing else to do: from here on a signal is heard only where something listens.
+
+    Schedulers and launchers repeat themselves, into the last moments of a process, whose exit code they then spoil.
+    """
+    for number in stop_signals():
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
@@ -70,36 +72,16 @@ def interrupted_by_signals(*, resumable: bool = True) -> Iterator[None]:
         with handling(interrupt):
             yield
     except StopSignal as stop:
-        raise Interrupted("interrupted; run the same line again" + " with --resume" * resumable) from stop
-
-
-def follow_launcher() -> None:
-    """Ask this process to stop when its launcher dies, so that no training goes on that nobody watches. Linux only.
-
-    A launcher of one process that is killed, by SIGTERM even, tells its process nothing; one of several that gets SIGKILL
-    neither. A process that was started without a launcher may outlive its shell: that is what `nohup` is for.
-    """
-    if sys.platform != "linux":
-        return
-    parent = os.getppid()
-    if _is_launcher(parent):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        orphaned = os.getppid() != parent  # it died in between
-    else:
-        orphaned = parent == 1 and any(name in os.environ for name in LAUNCHED)  # or before
-    if orphaned:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _is_launcher(process: int) -> bool:
-    with suppress(OSError):
-        words = os.fsdecode(Path(f"/proc/{process}/cmdline").read_bytes()).split("\0")
-        return any(Path(word).name in LAUNCHERS for word in words[:6])  # an interpreter and its options come before it
-    return False
+        many = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        raise Interrupted(
+            "interrupted; run the same line again"
+            + " with --resume" * resumable
+            + " (a launcher also interrupts when another process has died: it says so below)" * many
+        ) from stop
 
 
 class _Pace:
-    """Counts calls between two agreements; the same on all processes."""
+    """Calls between two agreements, so that they are `AGREEMENT` seconds apart; the same number on all processes."""
 
     def __init__(self) -> None:
         self.interval, self.calls = 1, 0
@@ -109,8 +91,8 @@ class _Pace:
 class StopRequest:
     """Whether someone asked the run to stop while the block lasts.
 
-    Asking again changes nothing, since schedulers and launchers repeat themselves; but a second Ctrl-C after some seconds
-    breaks off at once.
+    Asking again changes nothing, since schedulers and launchers repeat themselves; but a Ctrl-C some seconds after the first
+    request breaks off at once.
     """
 
     def __init__(self) -> None:
@@ -132,14 +114,14 @@ class StopRequest:
         self._asked_at = now if self._asked_at is None else self._asked_at
 
     def agreed(self, accelerator: Accelerator, *, now: bool = False) -> bool:
-        """Whether any process was asked to stop; the same answer on all of them. To be asked once per step.
+        """Whether any process was asked to stop; the same answer on all of them. To be asked after every step.
 
         Several processes agree about once in `AGREEMENT` seconds and not at every step, because that waits for the device.
         Collective then.
 
         Args:
             accelerator: the run's.
-            now: after the last step, or whatever else all of them know to be worth it.
+            now: agree whatever the pace: after the last step, and after what took long.
         """
         return self._agreed(accelerator, self._steps, now=now)
 
@@ -159,12 +141,14 @@ class StopRequest:
     def _agreed(self, accelerator: Accelerator, pace: _Pace, *, now: bool) -> bool:
         if accelerator.num_processes == 1:
             return self._asked_at is not None
-        pace.calls += 1
+        pace.calls += not now  # what is asked in between, after a save perhaps, tells nothing of the pace
         if pace.calls < pace.interval and not now:
             return False
         at = time.monotonic()
-        mine = [float(self._asked_at is not None), (at - pace.agreed_at) / pace.calls]
+        mine = [float(self._asked_at is not None), (at - pace.agreed_at) / max(pace.calls, 1)]
         asked, seconds = accelerator.reduce(torch.tensor(mine, device=accelerator.device), "sum").tolist()
-        seconds_per_call = max(seconds / accelerator.num_processes, 1e-6)
-        pace.interval, pace.calls, pace.agreed_at = min(max(int(AGREEMENT / seconds_per_call), 1), 100), 0, at
+        if not now:
+            wanted = int(AGREEMENT / max(seconds / accelerator.num_processes, 1e-6))
+            # Not much longer than the last: the first call comes before anything was done that takes time.
+            pace.interval, pace.calls, pace.agreed_at = min(max(wanted, 1), 2 * pace.interval, LONGEST), 0, at
         return bool(asked > 0)

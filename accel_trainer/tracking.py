@@ -70,6 +70,7 @@ def start_trackers(accelerator: Accelerator, project_name: str, settings: dict[s
             accelerator.init_trackers(project_name, config=settings)
         except Exception as error:  # each service has errors of its own
             logger.warning("%s", _failed(str(getattr(wanted, "value", wanted)), "start", error))
+            close_trackers(accelerator)  # what of it did
             continue
         started += accelerator.trackers
     accelerator.trackers = started
@@ -97,7 +98,7 @@ def close_trackers(accelerator: Accelerator) -> None:
 
 def _failed(name: str, doing: str, error: Exception) -> str:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return f"tracking.report_to: {name} could not {doing} ({reason}); training goes on without it, metrics.jsonl has every line"
+    return f"tracking.report_to: {name} could not {doing} ({reason}); nothing stops for it, and metrics.jsonl has every line"
 
 
 class Progress:

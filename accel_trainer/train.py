@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import signal
 import sys
 import time
 import traceback
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from safetensors.torch import load_file
 
 from accel_trainer import artifacts, hardware, metrics
@@ -46,7 +48,7 @@ from accel_trainer.loss import Tally, example_losses
 from accel_trainer.optim import clip_gradients
 from accel_trainer.recipe import Recipe
 from accel_trainer.recipe_file import load_recipe
-from accel_trainer.redaction import without_secrets
+from accel_trainer.redaction import Parser, without_secrets
 from accel_trainer.run import (
     Run,
     StepStatistics,
@@ -62,10 +64,11 @@ from accel_trainer.run import (
     write_run_json,
 )
 from accel_trainer.run_folder import RunFolder, opened, watched, write_json
-from accel_trainer.signals import StopRequest, follow_launcher, interrupted_by_signals
+from accel_trainer.signals import StopRequest, handling, ignore_stop_signals, interrupted_by_signals
 from accel_trainer.tracking import Progress, close_trackers, logger, print_scores, quieten_libraries, speak_on
 
 SCORED = ("validation", "test")  # at the end, in this order
+SLOWER = "A smaller training.learning_rate, a warm-up or training.max_grad_norm often helps."
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the trainer from a command line.
 
     Returns:
-        the exit code: 0 done, 2 the user's mistake, 75 interrupted by a signal, 1 anything else.
+        the exit code: 0 done, 2 the user's mistake, 75 interrupted, 1 anything else.
     """
     arguments = parse_arguments(argv)
     # Every process meets the same mistakes; one of them says so.
@@ -97,7 +100,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = None
     try:
         with interrupted_by_signals():
-            follow_launcher()
             name, path = find_recipe(arguments.recipe)
             options = Options(
                 output_dir=(arguments.output_dir or Path("runs") / name).absolute(),
@@ -133,7 +135,8 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any]:
 
     Raises:
         UserError: a mistake of the user's, in recipe, data, launch or output folder.
-        Interrupted: a signal came; if steps had been taken, a checkpoint was saved first.
+        Interrupted: a signal came, or the step to stop after. If steps had been taken a checkpoint was saved first, unless
+            a second Ctrl-C did not want to wait for it.
         TrainingFailed: training cannot go on.
     """
     accelerator = hardware.start_accelerator(recipe.tracking.report_to, options.output_dir, options.ddp_timeout)
@@ -171,14 +174,14 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any]:
             )
         write_run_json(run)
         watch.steps_done = lambda: run.state.step
-        try:
-            with StopRequest() as stop:
+        with StopRequest() as stop:
+            try:
                 fit(run, stop, options.stop_after)
                 results = finish(run, stop)
-        except Interrupted:  # on every process, so that trackers and process group can be closed in order
-            end(run)
-            raise
-        end(run)
+            except Interrupted:  # on every process
+                end_together(run)
+                raise
+            end_together(run)
         return results
 
 
@@ -208,40 +211,40 @@ def fit(run: Run, stop: StopRequest, stop_after: int | None = None) -> None:
                 halve_token_budget(run, error)
                 run.optimizer.zero_grad()
                 continue  # the same step again, in smaller micro-batches
-            except NotFinite:
-                fail_not_finite(run, state.step + 1)
+            except NotFinite as error:
+                fail_not_finite(run, state.step + 1, remedy=str(error))
             state.add(done)
             tally.add(state.step, done.loss_sum, done.grad_norm)
 
             asked = stop.agreed(run.accelerator, now=state.step == plan.total_steps)
-            stopping = asked or state.step == stop_after
+            ends_here = asked or state.step == stop_after
             logs = plan.logs_at(state.step)
-            if logs or plan.evaluates_at(state.step) or plan.saves_at(state.step) or stopping:
+            if logs or plan.evaluates_at(state.step) or plan.saves_at(state.step) or ends_here:
                 loss_sum, not_finite = tally.read()
                 if not_finite is not None:
-                    fail_not_finite(run, not_finite)
+                    fail_not_finite(run, not_finite, remedy=SLOWER)
                 state.loss_sum += loss_sum
             progress.step(done.work.tokens)
             state.seconds["train"] += time.perf_counter() - started
             if logs:
                 log(run, done, progress)
-            evaluate_and_save(run, stop, asked=asked, stops=stopping)
+            evaluate_and_save(run, stop, asked=asked, ends_here=ends_here)
             progress.resume()
     finally:
         progress.close()
 
 
-def evaluate_and_save(run: Run, stop: StopRequest, *, asked: bool = False, stops: bool = False) -> None:
+def evaluate_and_save(run: Run, stop: StopRequest, *, asked: bool = False, ends_here: bool = False) -> None:
     """Do what is due after the step that the run is at.
 
     Args:
         run: at the end of a step.
         stop: asked again during and after what takes long.
-        asked: someone wants the run to stop: an evaluation is left to the run that goes on from here.
-        stops: the run stops here, for that or for another reason.
+        asked: someone wants the run to end: an evaluation is left to the run that goes on from here.
+        ends_here: the run ends here, for that or for another reason.
 
     Raises:
-        Interrupted: the run stops here; a checkpoint was saved first.
+        Interrupted: the run ends here; a checkpoint was saved first.
     """
     state, plan = run.state, run.plan
     if plan.evaluates_at(state.step) and not asked:
@@ -250,10 +253,10 @@ def evaluate_and_save(run: Run, stop: StopRequest, *, asked: bool = False, stops
             asked = stop.agreed(run.accelerator, now=True)
         except Interrupted:
             asked = True
-    if plan.saves_at(state.step) or state.stopped_early or stops or asked:
+    if plan.saves_at(state.step) or state.stopped_early or ends_here or asked:
         save(run)
         asked = asked or stop.agreed(run.accelerator, now=True)
-    if stops or asked:
+    if ends_here or asked:
         raise Interrupted(f"interrupted after step {state.step} of {plan.total_steps}; continue with --resume")
 
 
@@ -263,8 +266,8 @@ def training_step(run: Run, step: int) -> StepStatistics:
     Raises:
         OutOfMemory: a micro-batch does not fit; nothing was updated, but gradients are left over.
         GradientOverflow: fp16 gradients overflowed; nothing was updated and the scale is smaller now.
-        NotFinite: the gradient is no number, and this device tells so at once; nothing was updated.
-        TrainingFailed: they overflow at any scale.
+        NotFinite: the gradient is no number, and this device tells so at once, or it overflows at any scale; nothing was
+            updated.
     """
     work = run.feed.take(step, run.max_tokens)
     loss_sum = add_gradients(run, work.micro_batches, work.examples)
@@ -311,8 +314,8 @@ def apply_gradients(run: Run) -> torch.Tensor:
 
     Raises:
         GradientOverflow: fp16 gradients overflowed; nothing was updated and the scale is smaller now.
-        NotFinite: the gradient is no number, and this device tells so at once; nothing was updated.
-        TrainingFailed: they overflow at any scale.
+        NotFinite: the gradient is no number, and this device tells so at once, or it overflows at any scale; nothing was
+            updated.
     """
     accelerator = run.accelerator
     try:
@@ -321,7 +324,7 @@ def apply_gradients(run: Run) -> torch.Tensor:
             # Other devices would have to be waited for; there, `fit` sees it when it reads the losses. Gradients are the
             # same on all processes by now, so that all of them see it.
             if accelerator.device.type == "cpu" and accelerator.scaler is None and not math.isfinite(grad_norm):
-                raise NotFinite
+                raise NotFinite(SLOWER)
             update(run)
     except OutOfMemory as error:  # not repeated: some weights may have moved, and no micro-batch is too large
         raise TrainingFailed(
@@ -337,7 +340,7 @@ class GradientOverflow(Exception):
 
 
 class NotFinite(Exception):
-    """The gradient is not a number; there was no update."""
+    """The gradient is not a number; there was no update. Its text is what often helps."""
 
 
 def update(run: Run) -> None:
@@ -345,7 +348,7 @@ def update(run: Run) -> None:
 
     Raises:
         GradientOverflow: it did; the scale is smaller now.
-        TrainingFailed: it does at any scale.
+        NotFinite: it does at any scale.
     """
     scaler = run.accelerator.scaler
     # A fused optimizer skips inside its kernel, so that Accelerate's `optimizer_step_was_skipped` stays false: the scale
@@ -356,9 +359,8 @@ def update(run: Run) -> None:
     if scaler is None or scale is None or scaler.get_scale() >= scale:
         return
     if scaler.get_scale() < 1:
-        raise TrainingFailed(
-            f"the gradient of step {run.state.step + 1} is not finite in fp16 at any scale; use bf16 or float32 "
-            "(mixed_precision in the accelerate config). The last checkpoint is kept"
+        raise NotFinite(
+            f"It is so in fp16 at any scale: bf16 or float32 (mixed_precision in the accelerate config) may help. {SLOWER}"
         )
     raise GradientOverflow
 
@@ -396,13 +398,13 @@ def evaluate_during_training(run: Run, stop: StopRequest) -> None:
     if metrics.improved(value, state.best_metric, settings.best_is_greater):
         # Patience asks for a little more than better, where a threshold is set.
         threshold = settings.early_stopping_threshold
-        enough = metrics.improved(value, state.best_metric, settings.best_is_greater, threshold)
+        improved_enough = metrics.improved(value, state.best_metric, settings.best_is_greater, threshold)
         state.best_metric, state.best_step = value, state.step
         shown += "  (best so far)"
         write_best(run, scores)
     else:
-        enough = False
-    state.evaluations_since_best = 0 if enough else state.evaluations_since_best + 1
+        improved_enough = False
+    state.evaluations_since_best = 0 if improved_enough else state.evaluations_since_best + 1
     patience = settings.early_stopping_patience
     state.stopped_early = patience is not None and state.evaluations_since_best >= patience
     logger.info("step %d  validation  %s", state.step, shown)
@@ -432,10 +434,10 @@ def logits_of(run: Run, split: Split, stop: StopRequest) -> Logits:
 
 
 def score(run: Run, split: Split, logits: Logits) -> dict[str, float]:
-    """The recipe's metrics and the plain loss of a labelled split; the same on every process."""
-    return metrics.compute_metrics(
-        run.inputs.metrics, logits, split.rows.labels, average=run.inputs.recipe.evaluation.average
-    )
+    """The recipe's metrics and the plain loss of a labelled split; the main process's numbers on all, which decide by them."""
+    average = run.inputs.recipe.evaluation.average
+    computed = metrics.compute_metrics(run.inputs.metrics, logits, split.rows.labels, average=average)
+    return gather_object([computed])[0]  # type: ignore[no-any-return]
 
 
 def finish(run: Run, stop: StopRequest) -> dict[str, Any]:
@@ -447,27 +449,52 @@ def finish(run: Run, stop: StopRequest) -> dict[str, Any]:
     Raises:
         Interrupted: a signal came; a checkpoint of the last step is there.
     """
-    inputs, state, recipe = run.inputs, run.state, run.inputs.recipe
-    step = state.step
-    last: dict[str, torch.Tensor] = {}
-    if recipe.saving.load_best_model_at_end and state.best_step is not None:
-        step = state.best_step
-        if run.plan.save_every is None:
-            last = {name: weight.clone() for name, weight in inputs.model.state_dict().items()}
-        with hardware.together(run.accelerator):
-            if run.folder.weights_step(run.folder.best) != step:
-                raise RunFolderError(
-                    f"{run.folder.best}: the weights of step {step} are not there or damaged; bring them back, or set "
-                    "saving.load_best_model_at_end=false, and run again with --resume"
-                )
-            inputs.model.load_state_dict(load_file(run.folder.best / "model.safetensors"))
+    unsaved = run.plan.save_every is None
+    last = {name: weight.clone() for name, weight in run.inputs.model.state_dict().items()} if unsaved else {}
+    step = take_best_weights(run)
     try:
-        logits = {role: logits_of(run, inputs.splits[role], stop) for role in SCORED if role in inputs.splits}
+        logits = {role: logits_of(run, run.inputs.splits[role], stop) for role in SCORED if role in run.inputs.splits}
     except Interrupted:
-        if run.plan.save_every is None:
-            inputs.model.load_state_dict(last or inputs.model.state_dict())
+        if unsaved:
+            run.inputs.model.load_state_dict(last)
             save(run)
         raise
+    return write_results(run, step, logits)
+
+
+def take_best_weights(run: Run) -> int:
+    """Let the model have the best weights, if the recipe says so and there are any.
+
+    Returns:
+        the step of the weights that it has.
+
+    Raises:
+        RunFolderError: they are gone or damaged.
+    """
+    if not run.inputs.recipe.saving.load_best_model_at_end or run.state.best_step is None:
+        return run.state.step
+    with hardware.together(run.accelerator):
+        if run.folder.weights_step(run.folder.best) != run.state.best_step:
+            raise RunFolderError(
+                f"{run.folder.best}: the weights of step {run.state.best_step} are not there or damaged; bring them back, or set "
+                "saving.load_best_model_at_end=false, and run again with --resume"
+            )
+        run.inputs.model.load_state_dict(load_file(run.folder.best / "model.safetensors"))
+    return run.state.best_step
+
+
+def write_results(run: Run, step: int, logits: dict[str, Logits]) -> dict[str, Any]:
+    """Score the splits; write predictions, model and results.json, and show them.
+
+    Args:
+        run: at its end.
+        step: of the model's weights.
+        logits: of every split, by role.
+
+    Returns:
+        the contents of results.json.
+    """
+    inputs = run.inputs
     results: dict[str, Any] = {"train": throughput(run)}
     scores: dict[str, dict[str, float]] = {}
     reports: list[str] = []
@@ -480,7 +507,7 @@ def finish(run: Run, stop: StopRequest) -> dict[str, Any]:
             reports.append(f"\n{role}\n{metrics.classification_report(details)}")
         with hardware.together(run.accelerator):
             if run.is_main:
-                records = artifacts.prediction_rows(split, recipe.dataset, computed, inputs.label_names)
+                records = artifacts.prediction_rows(split, inputs.recipe.dataset, computed, inputs.label_names)
                 run.folder.write_predictions(role, records)
     write_model(run, run.folder.model, scores, step)
     if run.is_main:
@@ -491,15 +518,17 @@ def finish(run: Run, stop: StopRequest) -> dict[str, Any]:
     return results
 
 
-def end(run: Run) -> None:
-    """Close trackers and process group. Collective."""
-    close_trackers(run.accelerator)
-    hardware.leave_process_group(run.accelerator)
+def end_together(run: Run) -> None:
+    """Close trackers and process group. Collective: a launcher ends the other processes as soon as one has ended."""
+    with handling(signal.SIG_IGN):
+        close_trackers(run.accelerator)
+        run.accelerator.wait_for_everyone()
+        hardware.leave_process_group(run.accelerator)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; what stands free after the recipe is an override."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="accel_trainer.train",
         description="Train a text classifier from a recipe.",
         epilog="accelerate launch --config_file accelerate_configs/cpu.yaml -m accel_trainer.train recipes/quickstart.yaml",
@@ -526,4 +555,5 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    ignore_stop_signals()  # but for what listens to them
     sys.exit(main())

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from harness import alone_on_the_cpu
+from harness import OneOfMany, alone_on_the_cpu
 
 from accel_trainer import hardware
-from accel_trainer.errors import DataError, HardwareError, UserError
+from accel_trainer.errors import DataError, HardwareError, ProcessLost, UserError
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def test_ddp_does_not_broadcast_buffers() -> None:
 def test_what_owns_the_step_is_refused(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = SimpleNamespace(num_processes=1, distributed_type=kind, log_with=[])
     monkeypatch.setattr(hardware, "Accelerator", lambda **_: fake)
-    with pytest.raises(HardwareError, match=rf"distributed_type {kind.value}: .*use FSDP"):
+    with pytest.raises(HardwareError, match=rf"distributed_type {kind.value}: .*use multi_gpu"):
         hardware.start_accelerator()
 
 
@@ -64,6 +64,68 @@ def test_a_config_that_accelerate_refuses(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(hardware, "Accelerator", refusing)
     with pytest.raises(HardwareError, match="accelerate config: fp8 needs"):
         hardware.start_accelerator()
+
+
+@pytest.mark.parametrize("seconds", [0, -5])
+def test_a_time_out_is_positive(seconds: int) -> None:
+    with pytest.raises(UserError, match=rf"--ddp_timeout {seconds}: give seconds, 1 or more"):
+        hardware.start_accelerator(timeout=seconds)
+
+
+def test_processes_that_do_not_find_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def alone(**_: Any) -> None:
+        raise torch.distributed.DistNetworkError("The client socket has timed out")
+
+    monkeypatch.setattr(hardware, "Accelerator", alone)
+    with pytest.raises(HardwareError, match="do not find each other: The client socket has timed out"):
+        hardware.start_accelerator()
+
+
+NCCL_SAYS = """NCCL error in: /pytorch/NCCLUtils.cpp:93, invalid usage (run with NCCL_DEBUG=WARN for details), NCCL version 2.28.9
+ncclInvalidUsage: This usually reflects invalid usage of NCCL library.
+Last error:
+Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 7000"""
+
+
+@pytest.mark.parametrize(
+    ("error", "named", "says"),
+    [
+        (
+            RuntimeError(
+                "[/x/gloo/transport/tcp/pair.cc:537] Read error [::1]:1: Connection reset by peer. This is typical"
+            ),
+            ProcessLost,
+            r"lost another one, .* \(Read error \[::1\]:1: Connection reset by peer\)\. The last checkpoint is kept: .*--resume",
+        ),
+        (
+            RuntimeError("Timed out waiting 4000ms for recv operation to complete"),
+            ProcessLost,
+            "Timed out waiting 4000ms",
+        ),
+        (torch.distributed.DistBackendError("watchdog"), ProcessLost, "watchdog"),
+        (
+            torch.distributed.DistBackendError(NCCL_SAYS),
+            HardwareError,
+            "talk to each other: Duplicate GPU detected : rank 1",
+        ),
+        (RuntimeError("could not load model 'igloo/bert'"), None, "igloo"),
+        (ValueError("NCCL"), None, "NCCL"),
+    ],
+)
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_lost_process_has_one_name(error: Exception, named: type[Exception] | None, says: str, count: int) -> None:
+    expected = named if named is not None and count > 1 else type(error)
+    process: Any = OneOfMany(0, count)
+    with pytest.raises(expected, match=None if count == 1 else says) as caught, hardware.lost_processes_named(process):
+        raise error
+    assert (caught.value is error) == (expected is type(error))
+
+
+def test_a_file_that_cannot_be_had_is_a_mistake_of_all() -> None:
+    process: Any = OneOfMany(0, 1)
+    with pytest.raises(UserError, match="/none/here: No such file or directory") as caught, hardware.together(process):
+        Path("/none/here").read_text()
+    assert isinstance(caught.value.__cause__, OSError)
 
 
 def test_description_has_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from accel_trainer.redaction import HIDDEN, holds_secret, without_secrets
+from accel_trainer.redaction import HIDDEN, Parser, holds_secret, without_secrets
 
 AROUND = st.text(st.characters(blacklist_categories=("Cs",)), max_size=20)
 SECRETS = [
@@ -64,3 +64,16 @@ def test_what_the_environment_calls_a_secret_is_one(monkeypatch: pytest.MonkeyPa
 def test_other_variables_are_not(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)
     assert without_secrets(f"it said: {value}!") == f"it said: {value}!"
+
+
+def test_a_command_line_shows_no_token(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = Parser()
+    parser.add_argument("--steps", type=int)
+    token = "hf_AbCdEfGhIjKlMnOpQrStUvWxYz012345"
+    for arguments in (["--hub_token", token], ["--steps", token]):
+        with pytest.raises(SystemExit) as ended:
+            parser.parse_args(arguments)
+        assert ended.value.code == 2
+        said = capsys.readouterr().err
+        assert token not in said
+        assert HIDDEN in said

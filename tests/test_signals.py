@@ -60,24 +60,43 @@ def test_an_evaluation_has_a_pace_of_its_own(clock: Time) -> None:
             assert not stop.agreed(group)
         before = group.calls
         between = stop.between(group)
-        for _ in range(5):
-            clock.now += 2.0
+        for _ in range(6):
             between()
-        assert group.calls == before + 5
+            clock.now += 2.0
+        assert group.calls == before + 5  # but for the second: the first call, before anything was done, told nothing
+
+
+def test_what_is_asked_after_a_quick_save_tells_nothing_of_the_pace(clock: Time) -> None:
+    group: Any = Together()
+    with StopRequest() as stop:
+        for _ in range(10):
+            clock.now += 5.0
+            before = group.calls
+            assert not stop.agreed(group)
+            assert group.calls == before + 1
+            clock.now += 0.05
+            assert not stop.agreed(group, now=True)
+
+
+def test_the_interval_grows_step_by_step(clock: Time) -> None:
+    assert agreements(clock, Together(), [1e-4] * 500) == [1, 3, 7, 15, 31, 63, 127, 227, 327, 427]
 
 
 def test_a_closed_terminal_stops_unless_nohup_said_otherwise() -> None:
     before = signal.getsignal(signal.SIGHUP)
     try:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        signals.stop_signals.cache_clear()
         with pytest.raises(Interrupted), interrupted_by_signals():
             os.kill(os.getpid(), signal.SIGHUP)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signals.stop_signals.cache_clear()
         with interrupted_by_signals(), StopRequest() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
             assert not stop.agreed(ALONE)
     finally:
         signal.signal(signal.SIGHUP, before)
+        signals.stop_signals.cache_clear()
 
 
 def test_other_threads_leave_signals_alone() -> None:
@@ -241,19 +260,26 @@ def test_several_processes_agree_after_the_first_step_and_then_once_a_second(
     clock: Time, seconds: float, steps: int
 ) -> None:
     """And a hundred steps apart at most."""
-    assert agreements(clock, Together(), [seconds] * 400) == list(range(1, 401, steps))
+    assert agreements(clock, Together(), [seconds] * 400) == growing(steps, 400)
+
+
+def growing(most: int, until: int) -> list[int]:
+    """Steps whose distance grows from one to two, four and so on, up to `most`."""
+    found, distance = [1], 1
+    while found[-1] + (distance := min(2 * distance, most)) <= until:
+        found.append(found[-1] + distance)
+    return found
 
 
 def test_a_moment_that_all_know_of_does_not_wait(clock: Time) -> None:
     group: Any = Together()
     with StopRequest() as stop:
-        assert not stop.agreed(group)  # after the first step
-        clock.now += 0.01
-        for _ in range(5):
+        for _ in range(4):
             assert not stop.agreed(group)
-        assert group.calls == 1
+            clock.now += 0.01
+        assert group.calls == 2  # after the first and the third step
         assert not stop.agreed(group, now=True)
-        assert group.calls == 2
+        assert group.calls == 3
 
 
 def test_one_process_alone_knows_at_every_step(clock: Time) -> None:
@@ -267,15 +293,15 @@ def test_one_process_alone_knows_at_every_step(clock: Time) -> None:
 
 def test_the_interval_follows_the_pace(clock: Time) -> None:
     """A first step that compiles, fast ones, and slow ones: what was measured since the last time counts."""
-    found = agreements(clock, Together(), [20.0] + [0.125] * 17 + [0.5] * 12)
-    # At 20 s a step: after every one. At 8 a second: every 8. Those between 10 and 18 were fast; then they are slow.
-    assert found == [1, 2, 10, 18, 26, 28, 30]
+    found = agreements(clock, Together(), [20.0] + [0.125] * 22 + [0.5] * 12)
+    # At 20 s a step: after every one. At 8 a second: every 2, 4, 8. Of the last 8 all but one were fast: 5; then they are slow.
+    assert found == [1, 2, 4, 8, 16, 24, 29, 31, 33, 35]
 
 
 @pytest.mark.parametrize(("own", "steps"), [(0.03125, 8), (0.28125, 4), (3.0, 1)])
 def test_the_interval_is_that_of_the_mean_pace_of_all(clock: Time, own: float, steps: int) -> None:
     """Each process measures its own seconds; what all of them make of these is one number, never their own."""
-    assert agreements(clock, Together(seconds=0.21875), [own] * 50) == list(range(1, 51, steps))
+    assert agreements(clock, Together(seconds=0.21875), [own] * 50) == growing(steps, 50)
 
 
 @pytest.mark.parametrize("count", [2, 3])

@@ -492,10 +492,32 @@ def test_resume_without_checkpoints_starts(place: Path, whole: Outcome) -> None:
     assert again.lines == outcome.lines
 
 
+def test_resume_where_no_checkpoint_can_be_used_touches_nothing(place: Path, whole: Outcome) -> None:
+    folder = place / "all-damaged"
+    shutil.copytree(whole.folder, folder)
+    for path in (folder / "checkpoints").iterdir():
+        (path / "trainer_state.json").write_text("{}")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    resumed = run_trainer(place / "whole.yaml", folder, "--resume")
+    assert resumed.code == 2
+    assert resumed.err.count("is damaged") == 8
+    assert "none of the checkpoints can be gone on from; bring one back" in resumed.err
+    after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert {path for path in before if before[path] != after.get(path)} == {folder / "status.json"}
+
+
+def test_what_may_change_must_exist(place: Path, whole: Outcome) -> None:
+    folder = place / "allowed"
+    shutil.copytree(whole.folder, folder)
+    outcome = run_trainer(place / "whole.yaml", folder, "--resume", "--allow_changed", "training.learning_rat")
+    assert outcome.code == 2
+    assert "--allow_changed training.learning_rat: there is no such key" in outcome.err
+
+
 def test_a_checkpoint_that_is_none(place: Path) -> None:
     outcome = run_trainer(place / "whole.yaml", place / "none", "--resume_from_checkpoint", str(place / "nowhere"))
     assert outcome.code == 2
-    assert "nowhere: manifest.json cannot be read" in outcome.err
+    assert "nowhere: there is no such folder" in outcome.err
 
 
 def test_resume_refuses_other_mathematics(place: Path, whole: Outcome) -> None:
@@ -1077,7 +1099,9 @@ def test_a_gradient_that_is_never_finite(place: Path, optim: str) -> None:
     with half_precision(4, lambda attempt: attempt > 2) as attempts:
         outcome = run_trainer(recipe, place / f"never-{optim}", *saving)
     assert outcome.code == 1
-    assert "the gradient of step 3 is not finite in fp16 at any scale; use bf16 or float32" in outcome.err
+    assert "the loss or the gradient of step 3 is not finite" in outcome.err
+    assert "in fp16 at any scale: bf16 or float32" in outcome.err
+    assert outcome.json("not_finite.json")["step"] == 3
     assert "Traceback" not in outcome.err
     assert len(attempts) == 2 + 4  # at scales 16, 8, 4 and 2; at 1 it failed
     assert outcome.checkpoints() == ["checkpoint-1", "checkpoint-2"]

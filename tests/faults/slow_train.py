@@ -1,7 +1,8 @@
 """The trainer, disturbed as its environment says, so that a test can meet it where it wants to.
 
 SLOW=steps: a step takes a twentieth of a second more. SLOW=evaluation: a micro-batch of an evaluation takes a fifth of a
-second more. SLOW=saving: a file of tensors takes a second more. In the last two it says in a file that it got there.
+second more. SLOW=saving: a file of tensors takes a second more. SLOW=closing: so does the end of a tracker. In the last three
+it says in a file that it got there.
 POISON=RANK:STEP: on that process the loss of that step, counted from 1, is no number.
 """
 
@@ -13,7 +14,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from accelerate.tracking import TensorBoardTracker
+
 from accel_trainer import checkpoint, train
+from accel_trainer.signals import ignore_stop_signals
 
 SLOW = os.environ.get("SLOW", "")
 
@@ -24,9 +28,9 @@ def reached(where: str) -> None:
 
 def slow_evaluation(*arguments: Any, between: Any, **keywords: Any) -> Any:
     def slowly() -> None:
+        between()  # first: the first call comes before anything was done
         reached("evaluation")
         time.sleep(0.2)
-        between()
 
     return predict_logits(*arguments, between=slowly, **keywords)
 
@@ -53,6 +57,12 @@ def poisoned(run: Any, micro_batches: Any, global_batch_size: int) -> Any:
         train.example_losses = losses_of
 
 
+def slow_close(tracker: Any) -> None:
+    time.sleep(2)
+    finish(tracker)
+    reached("closed")
+
+
 predict_logits, save_file = train.predict_logits, checkpoint.save_file
 training_step, add_gradients = train.training_step, train.add_gradients
 if "POISON" in os.environ:
@@ -63,6 +73,10 @@ elif SLOW == "evaluation":
     train.predict_logits = slow_evaluation
 elif SLOW == "saving":
     checkpoint.save_file = slow_save
+elif SLOW == "closing":
+    finish = TensorBoardTracker.finish
+    TensorBoardTracker.finish = slow_close
 
 if __name__ == "__main__":
+    ignore_stop_signals()
     sys.exit(train.main())

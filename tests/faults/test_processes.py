@@ -201,6 +201,38 @@ def test_a_number_that_is_none_on_one_process_stops_both_at_that_step(place: Pat
     assert not (outcome.folder / "not_finite.json").exists()
 
 
+def test_signals_without_end_do_not_spoil_the_exit_code(place: Path) -> None:
+    """A scheduler repeats itself into the last moments of a process."""
+    alone = [sys.executable]
+    with Launched(
+        alone, place, "long.yaml", "storm", module="slow_train", SLOW="steps", ACCELERATE_USE_CPU="true"
+    ) as run:
+        run.wait_for_step(3)
+        while run.process.poll() is None:
+            kill(run.process.pid, TERM)
+            time.sleep(0.02)
+        assert run.process.returncode == 75
+        check_interrupted(run)
+
+
+def test_trackers_are_closed_before_the_launcher_loses_patience(place: Path) -> None:
+    """The other process has nothing to close; its end must not cut short what the first one still writes."""
+    with Launched(
+        launcher(2),
+        place,
+        "long.yaml",
+        "closing",
+        "tracking.report_to=[tensorboard]",
+        module="slow_train",
+        SLOW="closing",
+    ) as run:
+        run.wait_for_step(2)
+        kill(run.trainers()[1], TERM)
+        run.ended()
+        check_interrupted(run)
+        assert (place / "at-closed-0").exists()
+
+
 def test_two_launches_into_one_folder(place: Path) -> None:
     with Launched(launcher(1), place, "long.yaml", "twice", module="slow_train", SLOW="steps") as run:
         run.wait_for_step(3)

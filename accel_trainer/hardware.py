@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, gather_object
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from accel_trainer import COLLECTION_THRESHOLD
 from accel_trainer.batching import token_budget
@@ -72,7 +74,7 @@ def start_accelerator(
             step_scheduler_with_optimizer=False,
             kwargs_handlers=[
                 DistributedDataParallelKwargs(broadcast_buffers=False),
-                InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)),
+                InitProcessGroupKwargs(init_method=meeting_place(), timeout=timedelta(seconds=timeout)),
             ],
             log_with=list(report_to) or None,
             project_dir=project_dir,
@@ -97,6 +99,26 @@ def start_accelerator(
     if reason is not None:
         raise HardwareError(f"accelerate config: distributed_type {accelerator.distributed_type.value}: {reason}")
     return accelerator
+
+
+def meeting_place() -> str:
+    """Where the processes of a launch find each other, as `init_process_group` calls it.
+
+    torchrun keeps its store when it starts processes again (2.13), with the addresses of those that died: the new ones would
+    wait for these for ever, or be refused. They get a room of their own. On one host alone: others may count otherwise.
+    """
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if not again or os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
+        return "env://"
+    with suppress(RuntimeError):  # it is known already
+        register_rendezvous_handler("restarted", _room_of_this_attempt)
+    return "restarted://"
+
+
+def _room_of_this_attempt(_url: str, **arguments: Any) -> Iterator[tuple[Store, int, int]]:
+    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    for store, rank, world_size in rendezvous("env://", **arguments):
+        yield PrefixStore(f"attempt {attempt}", store), rank, world_size
 
 
 def keep_freed_memory() -> None:

@@ -66,6 +66,20 @@ def test_a_config_that_accelerate_refuses(monkeypatch: pytest.MonkeyPatch) -> No
         hardware.start_accelerator()
 
 
+@pytest.mark.parametrize(
+    ("restarts", "hosts", "place"),
+    [(None, 1, "env"), ("0", 1, "env"), ("1", 1, "restarted"), ("2", 1, "restarted"), ("1", 2, "env")],
+)
+def test_processes_that_are_started_again_meet_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, restarts: str | None, hosts: int, place: str
+) -> None:
+    variables = {"WORLD_SIZE": str(2 * hosts), "LOCAL_WORLD_SIZE": "2"}
+    for name, value in {**variables, **({} if restarts is None else {"TORCHELASTIC_RESTART_COUNT": restarts})}.items():
+        monkeypatch.setenv(name, value)
+    assert hardware.meeting_place() == f"{place}://"
+    assert hardware.meeting_place() == f"{place}://"
+
+
 @pytest.mark.parametrize("seconds", [0, -5])
 def test_a_time_out_is_positive(seconds: int) -> None:
     with pytest.raises(UserError, match=rf"--ddp_timeout {seconds}: give seconds, 1 or more"):

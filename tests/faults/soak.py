@@ -74,6 +74,7 @@ def killed_to_the_end(
             saved = 0 if path is None else int(path.name.rpartition("-")[2])
             taken = run.steps()[-1] if run.steps() else 0
             assert taken - saved <= SAVE_STEPS, f"{name}: {taken - saved} steps lost"
+            tally["most steps lost by a kill"] = max(tally["most steps lost by a kill"], taken - saved)
             assert saved >= (before // SAVE_STEPS) * SAVE_STEPS - SAVE_STEPS, f"{name}: back to {saved} from {before}"
             assert "Traceback" not in run.said or "accel_trainer/" not in run.said, run.said
     raise AssertionError("unreachable")
@@ -114,7 +115,7 @@ def soak_kills(place: Path, kills: int, seed: int) -> dict[str, Any]:
         with Launched(launcher(count), place, "soak.yaml", f"undisturbed-{count}") as run:
             undisturbed[count] = run.ended()
         assert undisturbed[count].code == 0, run.said
-    found: dict[str, Any] = {"kills": 0, "runs": 0, "lost": 0}
+    found: dict[str, Any] = {"kills": 0, "runs": 0, "steps between saves": SAVE_STEPS, "most steps lost by a kill": 0}
     numbers = itertools.count()
 
     def chain(number: int) -> tuple[tuple[int, ...], Counter[str], dict[str, float]]:
@@ -126,6 +127,8 @@ def soak_kills(place: Path, kills: int, seed: int) -> dict[str, Any]:
     def chains() -> None:
         while found["kills"] < kills:
             counts, tally, differ = chain(next(numbers))
+            lost = "most steps lost by a kill"
+            found[lost] = max(found[lost], tally.pop(lost, 0))
             found["kills"] += tally.total()
             found["runs"] += 1
             kind = found.setdefault("processes " + " and ".join(map(str, counts)), Counter())

@@ -105,7 +105,8 @@ def test_one_of_two_processes(
     name = f"two-{target}-{number}-{where}"
     for old in place.glob("at-*"):
         old.unlink()
-    with Launched(launcher(2), place, "long.yaml", name, module="slow_train", SLOW=where) as run:
+    small = ("--max_tokens_per_device", "16")  # an evaluation of several micro-batches
+    with Launched(launcher(2), place, "long.yaml", name, *small, module="slow_train", SLOW=where) as run:
         if where == "steps":
             run.wait_for_step(3)
         else:

@@ -277,7 +277,8 @@ def watched(folder: RunFolder, is_main_process: bool) -> Iterator[Watch]:
                 report("interrupted", ended.exit_code, str(ended))
             else:
                 code = ended.exit_code if isinstance(ended, AccelTrainerError) else EXIT_FAILED
-                named = type(ended) is not TrainingFailed or ended is error  # else the other's reason has its name
+                # A mistake is told in the user's words; and what another process told has its name.
+                named = not isinstance(ended, UserError) and (type(ended) is not TrainingFailed or ended is error)
                 with suppress(RunFolderError):  # a full disk has been told already, by the error itself
                     report("failed", code, f"{type(ended).__name__}: {ended}" if named else str(ended))
             if ended is not error:

@@ -214,7 +214,7 @@ def test_status_of_a_broken_file_is_empty(folder: RunFolder) -> None:
 
 ENDS: dict[str, tuple[BaseException | None, dict[str, Any]]] = {
     "done": (None, {"state": "done", "exit_code": 0, "reason": None}),
-    "mistake": (UserError("bad"), {"state": "failed", "exit_code": 2, "reason": "UserError: bad"}),
+    "mistake": (UserError("bad"), {"state": "failed", "exit_code": 2, "reason": "bad"}),
     "failed": (TrainingFailed("nan"), {"state": "failed", "exit_code": 1, "reason": "TrainingFailed: nan"}),
     "unforeseen": (ValueError("odd"), {"state": "failed", "exit_code": 1, "reason": "ValueError: odd"}),
     "keyboard": (KeyboardInterrupt(), {"state": "failed", "exit_code": 1, "reason": "KeyboardInterrupt: "}),

@@ -83,9 +83,8 @@ class RunFolder:
         self._status = path / "status.json"
         self._token_budget = path / "token_budget.json"
         self.not_finite = path / "not_finite.json"
-        self._lock = FileLock(
-            path / ".lock", fallback_to_soft=False
-        )  # nobody would release one that a killed process left
+        # Of the system alone: nobody would release another kind that a killed process left.
+        self._lock = FileLock(path / ".lock", fallback_to_soft=False)
 
     @property
     def holds_a_run(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import gc
 import os
@@ -9,12 +10,13 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -228,6 +230,20 @@ def leave_process_group(accelerator: Accelerator) -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         _GROUPS.append(torch.distributed.group.WORLD)
     accelerator.end_training()
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process with an exit code.
+
+    One that was in a group of processes ends without taking the interpreter apart: that would free the group's memory (see
+    `leave_process_group`), and a thread of Gloo's that then asks for the interpreter aborts the process, all work done.
+    """
+    if not (_GROUPS or (torch.distributed.is_available() and torch.distributed.is_initialized())):
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 @contextmanager

@@ -556,4 +556,4 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 if __name__ == "__main__":
     ignore_stop_signals()  # but for what listens to them
-    sys.exit(main())
+    hardware.end_process(main())

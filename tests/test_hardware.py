@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import platform
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -237,3 +239,25 @@ def test_the_first_process_goes_first_and_frees_the_others(first: bool, fails: b
     else:
         block()
     assert events == (["work", "wait"] if first else ["wait", "work"])
+
+
+@pytest.mark.parametrize("in_a_group", [False, True])
+def test_a_process_that_was_in_a_group_ends_without_freeing_it(in_a_group: bool) -> None:
+    """Gloo aborts some processes of those that free it at their very end (torch 2.13)."""
+    program = f"""
+import atexit, sys
+from accel_trainer import hardware
+
+class Group:
+    def __del__(self):
+        print("freed", flush=True)
+
+group = Group()
+if {in_a_group}:
+    hardware._GROUPS.append(group)
+atexit.register(print, "at exit", end="")  # not flushed
+hardware.end_process(75)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.returncode == 75, ended.stderr
+    assert ended.stdout == ("at exit" if in_a_group else "at exitfreed\n")

@@ -138,7 +138,7 @@ def mathematics(inputs: Inputs) -> dict[str, Any]:
     recipe = inputs.recipe.model_dump(mode="json")
     for key in ("path", "name", "revision", "data_files", "encoding", "sha256"):
         del recipe["dataset"][key]  # what was read is compared, by its hash
-    for key in ("checkpoint", "revision", "tokenizer"):
+    for key in ("checkpoint", "revision", "sha256", "tokenizer"):
         del recipe["model"][key]
     config = json.loads(inputs.model.config.to_json_string(use_diff=True))
     return {

@@ -196,6 +196,9 @@ class ModelSection(Section):
     from_config: dict[str, Any] | None = Field(
         None, description="A new model instead: `model_type` and the arguments of its transformers config."
     )
+    sha256: dict[str, str] | None = Field(
+        None, description="File of the checkpoint, or of `tokenizer/`, → its SHA-256. Other bytes are refused."
+    )
     tokenizer: str | None = Field(None, description="Hub id or folder of another tokenizer; null: the checkpoint's.")
     train_tokenizer: TokenizerTraining | None = Field(
         None, description="Train a WordPiece tokenizer on the training split; only with `from_config`."
@@ -384,6 +387,20 @@ class TrackingSection(Section):
     project_name: str = Field("accel_trainer", description="Project under which trackers file the run.")
 
 
+class Result(Section):
+    """What a run of the recipe came to, as `accel-trainer record` writes it and `reproduce` compares with."""
+
+    date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] = Field(description="Day of the run, YYYY-MM-DD.")
+    step: Annotated[int, Field(ge=0)] = Field(description="Optimizer steps that the scored model was trained for.")
+    metrics: dict[str, dict[str, float]] = Field(description="Role → metric → value, as in results.json.")
+    tolerance: Annotated[float, Field(ge=0)] = Field(
+        0.02, description="Largest difference from a recorded metric that `reproduce` accepts."
+    )
+    hardware: str = Field("", description="What it ran on, such as `2 processes, cpu, float32`.")
+    duration: Annotated[float, Field(ge=0)] | None = Field(None, description="Seconds of training.")
+    versions: dict[str, str] = Field(default_factory=dict, description="Package → version.")
+
+
 class Recipe(Section):
     """One training run's mathematics: data, model, steps, metrics."""
 
@@ -391,12 +408,17 @@ class Recipe(Section):
     problem_type: Literal["single_label_classification"] = Field(
         "single_label_classification", description="Every text has exactly one of the labels."
     )
+    source: str | None = Field(None, description="Where the settings were published: an address or a citation.")
+    derived_from: str | None = Field(
+        None, description="The recipe that this one was copied from, and its SHA-256, as `accel-trainer copy` writes it."
+    )
     dataset: DatasetSection
     model: ModelSection
     training: TrainingSection
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     saving: SavingSection = Field(default_factory=SavingSection)
     tracking: TrackingSection = Field(default_factory=TrackingSection)
+    results: list[Result] = Field(default_factory=list, description="What runs of it came to; no step depends on them.")
 
     @override
     def rules(self) -> Iterator[Broken]:

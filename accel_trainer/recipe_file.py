@@ -16,7 +16,7 @@ from typing import Any
 
 from accel_trainer.draft import ABSENT, Draft, Keys, Unreadable, dotted, shown
 from accel_trainer.errors import Mistake, RecipeError
-from accel_trainer.recipe import Recipe, Section
+from accel_trainer.recipe import Recipe
 from accel_trainer.recipe_check import checked
 from accel_trainer.recipe_fields import allowed_at
 from accel_trainer.recipe_paths import resolve_paths, similar_files
@@ -86,9 +86,10 @@ def to_yaml(recipe: Recipe, header: str = "") -> str:
     Readers of YAML 1.1 and of YAML 1.2 find the same values in it.
     """
     comments = "".join(f"# {line}".rstrip() + "\n" for line in header.splitlines())
-    blocks = [write_yaml({key: value}) for key, value in recipe.model_dump().items()]
-    flat = sum(not isinstance(value, Section) for _, value in recipe)
-    return comments + "\n".join(["".join(blocks[:flat]), *blocks[flat:]])
+    values = {key: value for key, value in recipe.model_dump().items() if value not in (None, [])}  # of where it is from
+    head = {key: value for key, value in values.items() if isinstance(value, str)}
+    blocks = [write_yaml({key: value}) for key, value in values.items() if key not in head]
+    return comments + "\n".join([write_yaml(head), *blocks])
 
 
 def json_schema() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import get_origin
 
 from accel_trainer.draft import Keys
 from accel_trainer.recipe import Recipe, Section
@@ -12,6 +13,8 @@ from accel_trainer.recipe_fields import allowed_at, field_of, is_required, secti
 def section_classes(section: type[Section] = Recipe, keys: Keys = ()) -> Iterator[tuple[Keys, type[Section]]]:
     yield keys, section
     for name, info in section.model_fields.items():
+        if get_origin(info.annotation) is list:  # of results: no keys of their own in a recipe as people write it
+            continue
         for kind in (info.annotation, *getattr(info.annotation, "__args__", ())):
             if isinstance(kind, type) and issubclass(kind, Section):
                 yield from section_classes(kind, (*keys, name))

@@ -232,6 +232,15 @@ def leave_process_group(accelerator: Accelerator) -> None:
     accelerator.end_training()
 
 
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process has taken at most: of a card's memory, else of the machine's."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    import resource  # of Unix alone
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def end_process(code: int) -> NoReturn:
     """End this process with an exit code.
 

@@ -31,6 +31,7 @@ from accel_trainer.optim import (
     parameter_groups,
     state_by_name,
 )
+from accel_trainer.origin import Origin
 from accel_trainer.plan import TrainingPlan
 from accel_trainer.recipe_file import to_yaml
 from accel_trainer.redaction import without_secrets
@@ -169,8 +170,13 @@ def prepare(
     )
 
 
-def write_run_json(run: Run) -> None:
-    """Write recipe.yaml and run.json: what is about to be done, on what, and with which versions."""
+def write_run_json(run: Run, origin: Origin | None = None) -> None:
+    """Write recipe.yaml and run.json: what is about to be done, on what, and with which versions.
+
+    Args:
+        run: prepared.
+        origin: where its recipe stands; None for one that stands in no file.
+    """
     facts = hardware.describe(run.accelerator)
     if not run.is_main:
         return
@@ -181,6 +187,7 @@ def write_run_json(run: Run) -> None:
     write_json(
         run.folder.run,
         {
+            "recipe": None if origin is None else origin.as_dict(),
             "hardware": facts,
             "layout": "packed" if run.packed else "padded",
             "max_tokens_per_device": run.max_tokens,

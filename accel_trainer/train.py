@@ -26,7 +26,7 @@ import torch
 from accelerate.utils import gather_object
 from safetensors.torch import load_file
 
-from accel_trainer import artifacts, hardware, metrics
+from accel_trainer import artifacts, checkpoint, hardware, metrics, rehearsal
 from accel_trainer.data import Split
 from accel_trainer.errors import (
     EXIT_DONE,
@@ -43,7 +43,7 @@ from accel_trainer.evaluation import Logits, predict_logits
 from accel_trainer.feed import LoadedMicroBatch
 from accel_trainer.hardware import lost_processes_named, out_of_memory_named
 from accel_trainer.inputs import read_inputs_together
-from accel_trainer.library import find_recipe
+from accel_trainer.origin import Origin, origin_of
 from accel_trainer.loss import Tally, example_losses
 from accel_trainer.optim import clip_gradients
 from accel_trainer.recipe import Recipe
@@ -84,7 +84,9 @@ class Options:
     gradient_checkpointing: bool = False
     stop_after: int | None = None
     ddp_timeout: int = hardware.TIMEOUT
+    dry_run: bool = False
     trust_remote_code: bool = False
+    origin: Origin | None = None  # of the recipe, for run.json
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,9 +102,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = None
     try:
         with interrupted_by_signals():
-            name, path = find_recipe(arguments.recipe)
+            origin = origin_of(arguments.recipe, arguments.overrides)
             options = Options(
-                output_dir=(arguments.output_dir or Path("runs") / name).absolute(),
+                output_dir=(arguments.output_dir or Path("runs") / origin.name).absolute(),
                 resume=arguments.resume or arguments.resume_from_checkpoint is not None,
                 resume_from_checkpoint=arguments.resume_from_checkpoint,
                 allow_changed=tuple(arguments.allow_changed),
@@ -111,10 +113,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 gradient_checkpointing=arguments.gradient_checkpointing,
                 stop_after=arguments.stop_after,
                 ddp_timeout=arguments.ddp_timeout,
+                dry_run=arguments.dry_run,
                 trust_remote_code=arguments.trust_remote_code,
+                origin=origin,
             )
-            folder = RunFolder(options.output_dir)
-            train(load_recipe(path, arguments.overrides), options)
+            folder = None if options.dry_run else RunFolder(options.output_dir)
+            train(load_recipe(origin.path, arguments.overrides), options)
     except AccelTrainerError as error:
         if is_first or isinstance(error, OutOfMemory | ProcessLost):  # which not every process knows of
             print(f"{'' if isinstance(error, Interrupted) else 'error: '}{error}", file=sys.stderr, flush=True)
@@ -139,13 +143,15 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any]:
             a second Ctrl-C did not want to wait for it.
         TrainingFailed: training cannot go on.
     """
-    accelerator = hardware.start_accelerator(recipe.tracking.report_to, options.output_dir, options.ddp_timeout)
+    folder = rehearsal.folder_beside(options.output_dir) if options.dry_run else RunFolder(options.output_dir)
+    accelerator = hardware.start_accelerator(recipe.tracking.report_to, folder.path, options.ddp_timeout)
     speak_on(accelerator.is_main_process)
     quieten_libraries()
-    folder = RunFolder(options.output_dir)
     with ExitStack() as around:
         with lost_processes_named(accelerator), hardware.together(accelerator):
             if accelerator.is_main_process:
+                if options.dry_run:
+                    around.enter_context(rehearsal.leaving_nothing(folder))
                 around.enter_context(opened(folder, resume=options.resume))
         watch = around.enter_context(watched(folder, accelerator.is_main_process))
         around.enter_context(interrupted_by_signals())
@@ -153,6 +159,8 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any]:
         inputs = read_inputs_together(accelerator, recipe, trust_remote_code=options.trust_remote_code)
         for note in inputs.notes:
             logger.info("note: %s", note)
+        if options.dry_run:
+            inputs = rehearsal.rehearsed(inputs)
         run = prepare(
             accelerator,
             inputs,
@@ -168,21 +176,48 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any]:
                 options.allow_changed,
                 keep_token_budget=options.max_tokens_per_device is None,
             )
+        if options.dry_run and (options.resume or options.stop_after is not None):
+            raise UserError("--dry_run: it takes steps of its own; leave --resume and --stop_after out")
         if options.stop_after is not None and options.stop_after <= run.state.step:
             raise UserError(
                 f"--stop_after {options.stop_after}: the run is at step {run.state.step}; give a later step"
             )
-        write_run_json(run)
+        write_run_json(run, options.origin)
         watch.steps_done = lambda: run.state.step
         with StopRequest() as stop:
             try:
-                fit(run, stop, options.stop_after)
-                results = finish(run, stop)
+                if options.dry_run:
+                    results = rehearse(run, stop)
+                else:
+                    fit(run, stop, options.stop_after)
+                    results = finish(run, stop)
+                    show(run, results)
             except Interrupted:  # on every process
                 end_together(run)
                 raise
             end_together(run)
         return results
+
+
+def rehearse(run: Run, stop: StopRequest) -> dict[str, Any]:
+    """Take the steps of a rehearsal, go back to its first checkpoint, go on from there, and finish.
+
+    Raises:
+        Interrupted: a signal came.
+        TrainingFailed: training cannot go on.
+    """
+    try:
+        fit(run, stop, stop_after=rehearsal.STEPS)
+    except Interrupted:
+        if run.state.step < rehearsal.STEPS or stop.agreed(run.accelerator, now=True):
+            raise
+    first_time = rehearsal.losses(run.folder)
+    continue_run(run, checkpoint.checkpoints(run.folder.checkpoints)[0][1], (), keep_token_budget=True)
+    fit(run, stop)
+    results = finish(run, stop)
+    if run.is_main:
+        rehearsal.show(results, first_time, rehearsal.losses(run.folder), hardware.peak_memory(run.accelerator.device))
+    return results
 
 
 def fit(run: Run, stop: StopRequest, stop_after: int | None = None) -> None:
@@ -484,7 +519,7 @@ def take_best_weights(run: Run) -> int:
 
 
 def write_results(run: Run, step: int, logits: dict[str, Logits]) -> dict[str, Any]:
-    """Score the splits; write predictions, model and results.json, and show them.
+    """Score the splits; write predictions, model and results.json.
 
     Args:
         run: at its end.
@@ -497,14 +532,12 @@ def write_results(run: Run, step: int, logits: dict[str, Logits]) -> dict[str, A
     inputs = run.inputs
     results: dict[str, Any] = {"train": throughput(run)}
     scores: dict[str, dict[str, float]] = {}
-    reports: list[str] = []
     for role, computed in logits.items():
         split = inputs.splits[role]
         if split.rows.is_labelled:
             scores[role] = score(run, split, computed)
             details = metrics.detailed_report(computed, split.rows.labels, inputs.label_names)
             results[role] = {**scores[role], **details}
-            reports.append(f"\n{role}\n{metrics.classification_report(details)}")
         with hardware.together(run.accelerator):
             if run.is_main:
                 records = artifacts.prediction_rows(split, inputs.recipe.dataset, computed, inputs.label_names)
@@ -512,10 +545,20 @@ def write_results(run: Run, step: int, logits: dict[str, Logits]) -> dict[str, A
     write_model(run, run.folder.model, scores, step)
     if run.is_main:
         write_json(run.folder.results, results)
-        print("\n".join(reports))
-        print_scores(scores)
-        print(f"\nrun: {run.folder.path}\nmodel: {run.folder.model}", flush=True)
     return results
+
+
+def show(run: Run, results: dict[str, Any]) -> None:
+    """Print what results.json holds, for people."""
+    if not run.is_main:
+        return
+    scored = {role: results[role] for role in SCORED if role in results}
+    for role, scores in scored.items():
+        print(f"\n{role}\n{metrics.classification_report(scores)}")
+    print_scores(
+        {role: {name: x for name, x in scores.items() if isinstance(x, float)} for role, scores in scored.items()}
+    )
+    print(f"\nrun: {run.folder.path}\nmodel: {run.folder.model}", flush=True)
 
 
 def end_together(run: Run) -> None:
@@ -549,6 +592,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--ddp_timeout", type=int, default=hardware.TIMEOUT, metavar="SECONDS",
         help="how long processes wait for one that does not answer (default: %(default)s)",
+    )  # fmt: skip
+    add(
+        "--dry_run", action="store_true",
+        help="take two steps on the longest rows, with evaluation, save and resume, say how it went and leave nothing",
     )  # fmt: skip
     add("--trust_remote_code", action="store_true", help="run code that the checkpoint's repository holds")
     return parser.parse_intermixed_args(argv)

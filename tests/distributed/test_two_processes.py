@@ -177,3 +177,11 @@ def test_processes_that_would_ignore_each_other_stop(place: Path) -> None:
     assert "the launcher started 2 processes (WORLD_SIZE), but Accelerate runs 1" in done.err
     assert "Traceback" not in done.err
     assert not (place / "ignoring" / "metrics.jsonl").exists()
+
+
+def test_a_dry_run_of_two_processes(place: Path) -> None:
+    ended = launch(LAUNCH, place, "dropout.yaml", "rehearsed", "--dry_run")
+    assert ended.code == 0, ended.err
+    assert "2 processes" in ended.err
+    assert "all of it works" in ended.out
+    assert list(place.glob("rehearsed*")) == []

@@ -1,7 +1,9 @@
 """Fine-tune BERT-family encoders for text classification."""
 
 import gc
+import importlib
 import os
+from typing import Any
 
 from accel_trainer.launcher import follow_launcher, leave_on_signals
 
@@ -16,3 +18,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # first step (measured). `hardware.start_accelerator` puts it back.
 COLLECTION_THRESHOLD = gc.get_threshold()
 gc.set_threshold(100_000, 50, 50)
+
+
+__all__ = ["load_recipe", "predict", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """What is exported, imported when it is asked for: torch takes seconds."""
+    if name == "load_recipe":
+        from accel_trainer.api import load_recipe
+
+        return load_recipe
+    if name in ("train", "predict"):  # modules that can be called
+        return importlib.import_module(f"accel_trainer.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

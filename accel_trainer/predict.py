@@ -30,6 +30,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from accel_trainer import hardware, metrics
 from accel_trainer.artifacts import predictions
 from accel_trainer.batching import smaller_budget
+from accel_trainer.callable_module import make_callable
 from accel_trainer.classifier import Classifier
 from accel_trainer.data import rows_of_role
 from accel_trainer.draft import Draft, Unreadable
@@ -337,3 +338,6 @@ def evaluate_file(
     scores = metrics.compute_metrics(loaded, logits, rows.labels, average=settings.average)
     details = metrics.detailed_report(logits, rows.labels, predictor.label_names)
     return {**scores, **details}, metrics.classification_report(details)
+
+
+make_callable(__name__)  # `from accel_trainer import predict` is a function

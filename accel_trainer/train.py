@@ -27,6 +27,8 @@ from accelerate.utils import gather_object
 from safetensors.torch import load_file
 
 from accel_trainer import artifacts, checkpoint, hardware, metrics, rehearsal
+from accel_trainer.callable_module import make_callable
+from accel_trainer.command_line import Parser
 from accel_trainer.data import Split
 from accel_trainer.errors import (
     EXIT_DONE,
@@ -43,12 +45,12 @@ from accel_trainer.evaluation import Logits, predict_logits
 from accel_trainer.feed import LoadedMicroBatch
 from accel_trainer.hardware import lost_processes_named, out_of_memory_named
 from accel_trainer.inputs import read_inputs_together
-from accel_trainer.origin import Origin, origin_of
 from accel_trainer.loss import Tally, example_losses
 from accel_trainer.optim import clip_gradients
+from accel_trainer.origin import Origin, origin_of
 from accel_trainer.recipe import Recipe
 from accel_trainer.recipe_file import load_recipe
-from accel_trainer.redaction import Parser, without_secrets
+from accel_trainer.redaction import without_secrets
 from accel_trainer.run import (
     Run,
     StepStatistics,
@@ -78,7 +80,7 @@ class Options:
     output_dir: Path
     resume: bool = False
     resume_from_checkpoint: Path | None = None
-    allow_changed: tuple[str, ...] = ()
+    allow_changed: Sequence[str] = ()
     max_tokens_per_device: int | None = None
     layout: str = "auto"
     gradient_checkpointing: bool = False
@@ -87,6 +89,10 @@ class Options:
     dry_run: bool = False
     trust_remote_code: bool = False
     origin: Origin | None = None  # of the recipe, for run.json
+
+    def __post_init__(self) -> None:
+        if self.resume_from_checkpoint is not None:
+            object.__setattr__(self, "resume", True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,36 +105,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Every process meets the same mistakes; one of them says so.
     is_first = os.environ.get("RANK", "0") == "0"
     speak_on(is_first)
-    folder = None
+    options = {name: value for name, value in vars(arguments).items() if name not in ("recipe", "overrides")}
     try:
         with interrupted_by_signals():
-            origin = origin_of(arguments.recipe, arguments.overrides)
-            options = Options(
-                output_dir=(arguments.output_dir or Path("runs") / origin.name).absolute(),
-                resume=arguments.resume or arguments.resume_from_checkpoint is not None,
-                resume_from_checkpoint=arguments.resume_from_checkpoint,
-                allow_changed=tuple(arguments.allow_changed),
-                max_tokens_per_device=arguments.max_tokens_per_device,
-                layout=arguments.layout,
-                gradient_checkpointing=arguments.gradient_checkpointing,
-                stop_after=arguments.stop_after,
-                ddp_timeout=arguments.ddp_timeout,
-                dry_run=arguments.dry_run,
-                trust_remote_code=arguments.trust_remote_code,
-                origin=origin,
-            )
-            folder = None if options.dry_run else RunFolder(options.output_dir)
-            train(load_recipe(origin.path, arguments.overrides), options)
+            train_recipe(origin_of(arguments.recipe, arguments.overrides), **options)
     except AccelTrainerError as error:
         if is_first or isinstance(error, OutOfMemory | ProcessLost):  # which not every process knows of
             print(f"{'' if isinstance(error, Interrupted) else 'error: '}{error}", file=sys.stderr, flush=True)
-            if folder is not None and isinstance(error, UserError):
-                folder.note_mistake(error, resume=options.resume)
         return error.exit_code
     except Exception:
         print(without_secrets(traceback.format_exc()), file=sys.stderr, flush=True)
         return EXIT_FAILED
     return EXIT_DONE
+
+
+def train_recipe(origin: Origin, output_dir: Path | None = None, **options: Any) -> dict[str, Any]:
+    """`train` for a recipe that stands in a file. A user's mistake is noted in the run's status.json too.
+
+    Args:
+        origin: of the recipe.
+        output_dir: folder of the run; None: runs/ and the recipe's name.
+        options: others of `Options`.
+    """
+    folder = (output_dir or Path("runs") / origin.name).absolute()
+    chosen = Options(output_dir=folder, origin=origin, **options)
+    try:
+        return train(load_recipe(origin.path, origin.overrides), chosen)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0" and not chosen.dry_run:
+            RunFolder(folder).note_mistake(error, resume=chosen.resume)
+        raise
 
 
 def train(recipe: Recipe, options: Options) -> dict[str, Any]:
@@ -600,6 +606,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--trust_remote_code", action="store_true", help="run code that the checkpoint's repository holds")
     return parser.parse_intermixed_args(argv)
 
+
+make_callable(__name__)  # `from accel_trainer import train` is a function
 
 if __name__ == "__main__":
     ignore_stop_signals()  # but for what listens to them

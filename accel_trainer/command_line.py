@@ -1,0 +1,44 @@
+"""The command line of every program of this package: options of other trainers are answered with this one's spelling."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NoReturn
+
+from typing_extensions import override
+
+from accel_trainer import redaction
+from accel_trainer.draft import dotted
+from accel_trainer.recipe_fields import sections
+from accel_trainer.spellings import ANSWERED, RENAMED
+
+_OPTION = re.compile(r"--([A-Za-z][\w-]*)(?:[= ]([^-\s][^\s]*))?")
+
+
+class Parser(redaction.Parser):
+    """An argparse parser that knows what people write for other trainers, and what stands free among the options."""
+
+    @override
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments:"):
+            message = "; ".join([message, *filter(None, map(_answer, _OPTION.findall(message)))])
+        super().error(message)
+
+
+def _answer(option: tuple[str, str]) -> str | None:
+    """What to write instead of an option that is a recipe's key; None where it is none."""
+    name, value = option[0].replace("-", "_"), option[1] or "VALUE"
+    if name in RENAMED:
+        return f"for --{option[0]} write {RENAMED[name].new}={value}"
+    if name in ANSWERED:
+        return f"--{option[0]}: {ANSWERED[name].what}; {ANSWERED[name].remedy}"
+    found = [dotted((*section, name)) for section, schema in sections().items() if name in schema["properties"]]
+    return f"for --{option[0]} write {' or '.join(f'{key}={value}' for key in found)}" if found else None
+
+
+def recipes_and_overrides(free: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What stands free on a command line: recipes, and `section.key=value`."""
+    is_override = [bool(re.match(r"[\w.]+\s*=", word)) for word in free]
+    recipes = [word for word, found in zip(free, is_override, strict=True) if not found]
+    return recipes, [word for word, found in zip(free, is_override, strict=True) if found]

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from accel_trainer.command_line import Parser, recipes_and_overrides
-from accel_trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER_MISTAKE, AccelTrainerError, Interrupted, UserError
+from accel_trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER_MISTAKE, AccelTrainerError, UserError
+from accel_trainer.terminal import complain, print_table, say
 
 # --- recipes ----------------------------------------------------------------------------------------------------------
 
@@ -42,7 +43,6 @@ def show(arguments: argparse.Namespace) -> int:
 def check(arguments: argparse.Namespace) -> int:
     """Every mistake of recipes, each with its line and remedy; with --data, of their data too."""
     from accel_trainer.checking import check_all
-    from accel_trainer.terminal import say
 
     recipes, overrides = recipes_and_overrides(arguments.recipes)
     if not recipes:
@@ -181,9 +181,11 @@ def predict(arguments: argparse.Namespace) -> int:
         rows = predict_file(predictor, source, target, *columns, keep_formulas=arguments.keep_formulas)
         print(f"{arguments.output}: {rows} rows")
         return EXIT_DONE
+    rows = []
     for text, record in zip(arguments.text, predict_texts(predictor, arguments.text, arguments.text_pair), strict=True):
         shares = sorted(record["probabilities"].items(), key=lambda item: -item[1])
-        print(f"{record['prediction']}  {'  '.join(f'{name} {share:.4f}' for name, share in shares)}  {text}")
+        rows.append([record["prediction"], "  ".join(f"{name} {share:.4f}" for name, share in shares), text])
+    print_table(["", "", ""], rows)
     return EXIT_DONE
 
 
@@ -403,7 +405,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return verb.run(arguments)
     except AccelTrainerError as error:
-        print(f"{'' if isinstance(error, Interrupted) else 'error: '}{error}", file=sys.stderr)
+        complain(error)
         return error.exit_code
     except BrokenPipeError:
         return EXIT_DONE

@@ -27,10 +27,10 @@ from typing import Any, Protocol, TypedDict
 import huggingface_hub
 import numpy as np
 import numpy.typing as npt
-from rich.cells import cell_len
 
 from accel_trainer.errors import UserError
 from accel_trainer.recipe import SHIPPED_METRICS
+from accel_trainer.terminal import aligned
 
 ClassIds = npt.NDArray[np.integer[Any]]  # (n,)
 Logits = npt.NDArray[np.floating[Any]]  # (n, c)
@@ -296,7 +296,7 @@ def classification_report(report: DetailedReport) -> str:
         ["", *(str(label) for label in range(len(per_class)))],
         *([f"{label} {name}", *map(str, matrix[label])] for label, name in enumerate(per_class)),
     ]
-    return f"{_aligned(scores)}\n\nconfusion matrix: rows true, columns predicted\n{_aligned(confusion)}"
+    return f"{aligned(scores)}\n\nconfusion matrix: rows true, columns predicted\n{aligned(confusion)}"
 
 
 def _mean_scores(classes: Sequence[ClassScores], weights: Sequence[int], support: int) -> ClassScores:
@@ -311,14 +311,3 @@ def _mean_scores(classes: Sequence[ClassScores], weights: Sequence[int], support
         f1=mean([scores["f1"] for scores in classes]),
         support=support,
     )
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as text, the first column to the left, by width on screen: a Chinese character takes two cells."""
-    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        gaps = [" " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)]
-        numbers = (gap + cell for cell, gap in zip(row[1:], gaps[1:], strict=True))
-        lines.append("  ".join([row[0] + gaps[0], *numbers]).rstrip())
-    return "\n".join(lines)

@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,7 +38,7 @@ from accel_trainer.draft import Draft, Unreadable
 from accel_trainer.errors import CannotLoad, DataError, OutOfMemory, UserError
 from accel_trainer.evaluation import Logits, predict_logits
 from accel_trainer.hub import is_on_hub, use_cache_if_unreachable
-from accel_trainer.model import memory_needs
+from accel_trainer.memory import prediction_needs
 from accel_trainer.recipe import DatasetSection, EvaluationSection, Recipe, SplitsSection
 from accel_trainer.sources import Table, read_files
 from accel_trainer.tokenization import longest_input, tokens_of_texts
@@ -83,6 +84,11 @@ def load_predictor(
     """
     quieten_libraries()
     folder = Path(path).expanduser()
+    if not folder.exists() and _means_a_folder(path):
+        siblings = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        close = get_close_matches(folder.name, siblings, 1)
+        guess = f" (did you mean {folder.parent / close[0]}?)" if close else ""
+        raise UserError(f"{path}: no such folder{guess}; give the folder of a run or of a model, or a Hub id")
     if folder.is_dir() and (folder / "status.json").exists() and not (folder / "model").exists():
         raise UserError(f"{path}: the run has no model yet; let it end first (--resume), or name its best/ folder")
     run = folder if (folder / "model").is_dir() else folder.parent
@@ -111,15 +117,24 @@ def load_predictor(
         raise CannotLoad("RUN_OR_MODEL", path, error) from error
     accelerator = hardware.start_accelerator()
     max_length = longest_input(None, tokenizer, model.config)
+    classifier = Classifier(model)
+    needs = prediction_needs(classifier, max_length, packed=classifier.is_known)
     return Predictor(
-        model=Classifier(model).to(accelerator.device).eval(),
+        model=classifier.to(accelerator.device).eval(),
         tokenizer=tokenizer,
         accelerator=accelerator,
         label_names=[str(model.config.id2label[i]) for i in range(model.config.num_labels)],
         max_length=max_length,
-        max_tokens=hardware.tokens_per_device(accelerator, memory_needs(model, max_length), max_tokens_per_device),
+        max_tokens=hardware.tokens_per_device(accelerator, needs, max_tokens_per_device),
         recipe=recipe,
     )
+
+
+def _means_a_folder(path: str) -> bool:
+    """Whether a name is no Hub id, `name` or `owner/name`, or its first part is a folder here."""
+    folder = Path(path)
+    beside = len(folder.parts) == 2 and folder.parent.is_dir()
+    return path.startswith(("/", "./", "../", "~")) or len(folder.parts) > 2 or beside
 
 
 def predict_texts(predictor: Predictor, texts: list[str], pairs: list[str] | None = None) -> list[dict[str, Any]]:
@@ -159,12 +174,20 @@ def predict_file(
     added = {"prediction", "probabilities", *(f"probability_{name}" for name in predictor.label_names)}
     carried = [name for name in table.data.column_names if name not in added]  # a labelled file may be labelled again
     schema = table.data.features.arrow_schema
+    blank, first = 0, ""
     with open_writer(target, predictor.label_names, schema, carried, keep_formulas=keep_formulas) as writer:
         for start in range(0, len(table.data), ROWS_AT_ONCE):
             chunk = table.data[start : start + ROWS_AT_ONCE]
             texts = [_checked(chunk[column], column, table, start) for column in columns]
+            empty = [i for i, cells in enumerate(zip(*texts, strict=True)) if not all(map(str.strip, cells))]
+            blank, first = blank + len(empty), first or (table.place(start + empty[0]) if empty else "")
             records = predictions(predictor.logits(*texts), predictor.label_names)
             writer.write([{**{name: chunk[name][i] for name in carried}, **record} for i, record in enumerate(records)])
+    if blank:
+        logger.warning(
+            "%s%s: there is no text, and the label given means nothing; complete or remove such rows",
+            *(first, f" and {blank - 1} more row{'s' if blank > 2 else ''}" if blank > 1 else ""),
+        )
     if writer.defused:
         logger.warning(
             "%s: %d cell%s that a spreadsheet would run as a formula begin%s with an apostrophe; --keep_formulas writes "

@@ -16,10 +16,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from accel_trainer.errors import showable
+from accel_trainer.errors import AccelTrainerError, Interrupted, showable
 
 Style = Literal["", "bold", "dim", "green", "yellow", "red", "cyan"]
-UNWRAPPED = 10_000  # columns
+UNWRAPPED = 100_000  # columns
+LONGEST = 400_000  # characters of a message: of a recipe with very many mistakes
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -37,10 +38,23 @@ def console(*, stderr: bool = False) -> Console:
     )
 
 
-def say(text: object, style: Style = "", *, stderr: bool = False) -> None:
-    """Print a line, or several; what a file put into them is shown and not obeyed."""
+def styled(text: object, style: Style = "", *, stderr: bool = False) -> str:
+    """Text as a stream shows it: coloured on a terminal. What a file put into it is shown and not obeyed."""
     where = console(stderr=stderr)
-    where.print(Text(showable(str(text), 100_000), style), soft_wrap=True)
+    with where.capture() as capture:
+        where.print(Text(showable(str(text), LONGEST), style), soft_wrap=True, end="")
+    return capture.get()
+
+
+def say(text: object, style: Style = "", *, stderr: bool = False) -> None:
+    """Print a line, or several."""
+    print(styled(text, style, stderr=stderr), file=sys.stderr if stderr else sys.stdout, flush=True)
+
+
+def complain(error: AccelTrainerError) -> None:
+    """Print what went wrong, to stderr."""
+    interrupted = isinstance(error, Interrupted)
+    say(error if interrupted else f"error: {error}", "yellow" if interrupted else "red", stderr=True)
 
 
 def print_table(
@@ -63,7 +77,7 @@ def print_table(
     for i, header in enumerate(headers):
         table.add_column(header, justify="right" if i in right else "left", overflow="fold")
     for i, row in enumerate(rows):
-        cells = (Text("" if cell is None else showable(str(cell), 10_000)) for cell in row)
+        cells = (Text("" if cell is None else showable(str(cell), LONGEST)) for cell in row)
         table.add_row(*cells, style=styles[i] if i < len(styles) else "")
     where = console()
     with where.capture() as capture:
@@ -72,6 +86,13 @@ def print_table(
         print(line.rstrip(" "))
 
 
-def padded(text: str, width: int) -> str:
-    """Text and the spaces up to `width` cells of a terminal."""
-    return text + " " * max(0, width - cell_len(text))
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as text, the first column to the left, the others to the right, without colours."""
+    rows = [[showable(cell, LONGEST) for cell in row] for row in rows]
+    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        gaps = [" " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)]
+        numbers = (gap + cell for cell, gap in zip(row[1:], gaps[1:], strict=True))
+        lines.append("  ".join([row[0] + gaps[0], *numbers]).rstrip())
+    return "\n".join(lines)

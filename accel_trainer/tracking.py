@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from accel_trainer.redaction import without_secrets
+from accel_trainer.terminal import Style, aligned, styled
 
 logger = logging.getLogger("accel_trainer")
 
@@ -25,7 +26,8 @@ class _ThroughTheBar(logging.Handler):
     """Writes messages above a progress bar instead of into it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(without_secrets(self.format(record)), file=sys.stderr)
+        style: Style = "yellow" if record.levelno >= logging.WARNING else ""
+        tqdm.write(styled(without_secrets(self.format(record)), style, stderr=True), file=sys.stderr)
 
 
 def speak_on(main_process: bool) -> None:
@@ -53,12 +55,12 @@ def clock(seconds: float) -> str:
 
 def print_scores(scores: dict[str, dict[str, float]]) -> None:
     """A table of scores: a row per split, a column per metric."""
-    widths = {name: max(len(name), len("-0.1234")) + 2 for values in scores.values() for name in values}
-    if widths:
-        print("\n" + " " * 10 + "".join(f"{name:>{width}}" for name, width in widths.items()))
-    for role, values in scores.items():
-        cells = (f"{values[name]:{w}.4f}" if name in values else " " * w for name, w in widths.items())
-        print(f"{role:<10}" + "".join(cells))
+    names = list(dict.fromkeys(name for values in scores.values() for name in values))
+    rows = [
+        [role, *(f"{values[name]:.4f}" if name in values else "" for name in names)] for role, values in scores.items()
+    ]
+    if names:
+        print(f"\n{aligned([['', *names], *rows])}")
 
 
 def start_trackers(accelerator: Accelerator, project_name: str, settings: dict[str, str]) -> None:

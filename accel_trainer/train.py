@@ -67,6 +67,7 @@ from accel_trainer.run import (
 )
 from accel_trainer.run_folder import RunFolder, opened, watched, write_json
 from accel_trainer.signals import StopRequest, handling, ignore_stop_signals, interrupted_by_signals
+from accel_trainer.terminal import complain
 from accel_trainer.tracking import Progress, close_trackers, logger, print_scores, quieten_libraries, speak_on
 
 SCORED = ("validation", "test")  # at the end, in this order
@@ -111,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             train_recipe(origin_of(arguments.recipe, arguments.overrides), **options)
     except AccelTrainerError as error:
         if is_first or isinstance(error, OutOfMemory | ProcessLost):  # which not every process knows of
-            print(f"{'' if isinstance(error, Interrupted) else 'error: '}{error}", file=sys.stderr, flush=True)
+            complain(error)
         return error.exit_code
     except Exception:
         print(without_secrets(traceback.format_exc()), file=sys.stderr, flush=True)

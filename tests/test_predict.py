@@ -105,6 +105,23 @@ def test_csv_to_csv(
     check(found, expected(predictor, many))
 
 
+def test_rows_without_text_are_labelled_and_told(
+    predictor: Predictor, many: list[dict[str, str]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def told() -> list[str]:
+        caplog.clear()
+        source.write_text("".join(json.dumps(row) + "\n" for row in many), encoding="utf-8")
+        assert predict_file(predictor, source, tmp_path / "out.jsonl", None) == 11
+        return [record.getMessage() for record in caplog.records]
+
+    source = tmp_path / "in.jsonl"
+    assert [message.split(":")[0] for message in told()] == [f"{source}, row 8"]
+    many[2]["text"] = many[10]["text"] = " \u3000"
+    assert [message.split(":")[0] for message in told()] == [f"{source}, row 3 and 2 more rows"]
+    many[2]["text"] = many[7]["text"] = many[10]["text"] = "good"
+    assert told() == []
+
+
 RUN = [
     "=cmd|' /C calc'!A0",
     "=1+1",
@@ -364,3 +381,14 @@ def test_trust_reaches_the_metrics(
     source = write_csv(tmp_path / "in.csv", [("good", "yes"), ("cold", "no")])
     evaluate_file(predictor, source, trust_remote_code=trusted)
     assert asked == [trusted]
+
+
+@pytest.mark.parametrize(
+    "name", ["runs/quikstart", "./runs/quikstart", "{here}/runs/quikstart", "runs/quickstart/modle"]
+)
+def test_a_mistyped_folder_is_no_hub_id(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "quickstart" / "model").mkdir(parents=True)
+    meant = r"quickstart/model\?" if name.endswith("modle") else r"runs/quickstart\?"
+    with pytest.raises(UserError, match=f"no such folder .did you mean .*{meant}"):
+        load_predictor(name.format(here=tmp_path))

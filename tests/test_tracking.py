@@ -102,9 +102,9 @@ def test_scores_are_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     print_scores({"validation": {"loss": 0.25, "accuracy": 0.5}, "test": {"loss": 1.0, "f1": 0.125}})
     assert capsys.readouterr().out.splitlines() == [
         "",
-        "               loss  accuracy       f1",
-        "validation   0.2500    0.5000         ",
-        "test         1.0000             0.1250",
+        "              loss  accuracy      f1",
+        "validation  0.2500    0.5000",
+        "test        1.0000            0.1250",
     ]
     print_scores({})
     assert capsys.readouterr().out == ""

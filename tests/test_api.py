@@ -59,7 +59,7 @@ def test_importing_the_package_is_light() -> None:
 
 @pytest.mark.launch
 def test_a_notebook_launches_it_on_two_processes(tmp_path: Path) -> None:
-    """As docs/notebooks.md shows it; what comes before the launch must not spoil the fork."""
+    """As docs/python.md shows it; what comes before the launch must not spoil the fork."""
     recipe = write_recipe_in(tmp_path)
     program = f"""
 from accelerate import notebook_launcher

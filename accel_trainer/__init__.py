@@ -26,9 +26,7 @@ __all__ = ["load_recipe", "predict", "train"]
 def __getattr__(name: str) -> Any:
     """What is exported, imported when it is asked for: torch takes seconds."""
     if name == "load_recipe":
-        from accel_trainer.api import load_recipe
-
-        return load_recipe
+        return importlib.import_module("accel_trainer.api").load_recipe
     if name in ("train", "predict"):  # modules that can be called
         return importlib.import_module(f"accel_trainer.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

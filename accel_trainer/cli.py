@@ -48,29 +48,37 @@ def check(arguments: argparse.Namespace) -> int:
     if not recipes:
         raise UserError("check: name a recipe")
     found = check_all(recipes, overrides, arguments.config_file)
-    for recipe, mistakes in found.items():
+    for name, mistakes in found.items():
         for mistake in mistakes:
             say(mistake, "red", stderr=True)
         if not mistakes:
-            say(f"{recipe}: no mistakes", "green")
+            unread = "; its data were not read (--data reads them)" if name in recipes and not arguments.data else ""
+            say(f"{name}: no mistakes{unread}", "green")
     if any(found.values()):
         return EXIT_USER_MISTAKE
     if not arguments.data:
-        say("the data were not read; --data looks at them too", "dim")
         return EXIT_DONE
     return look_at_data(recipes, overrides, trust_remote_code=arguments.trust_remote_code)
 
 
 def look_at_data(recipes: Sequence[str], overrides: Sequence[str], *, trust_remote_code: bool) -> int:
-    """Load the data of recipes and print what is in them."""
+    """Load the data of recipes and print what is in them; data that training would refuse are a mistake."""
     from accel_trainer.inspection import inspect, print_inspection
     from accel_trainer.library import find_recipe
     from accel_trainer.recipe_file import load_recipe
 
+    code = EXIT_DONE
     for recipe in recipes:
-        name, path = find_recipe(recipe)
-        print_inspection(name, inspect(load_recipe(path, overrides), trust_remote_code=trust_remote_code))
-    return EXIT_DONE
+        try:
+            inspection = inspect(load_recipe(find_recipe(recipe)[1], overrides), trust_remote_code=trust_remote_code)
+        except UserError as error:
+            complain(error)
+            code = EXIT_USER_MISTAKE
+            continue
+        say(f"\n{recipe}", "bold")
+        print_inspection(inspection)
+        code = EXIT_USER_MISTAKE if inspection.errors else code
+    return code
 
 
 def plan(arguments: argparse.Namespace) -> int:
@@ -81,16 +89,17 @@ def plan(arguments: argparse.Namespace) -> int:
     from accel_trainer.recipe_file import load_recipe
 
     name, path = find_recipe(arguments.recipe)
-    expected = forecast(
+    found = forecast(
         load_recipe(path, arguments.overrides),
         read(arguments.config_file) if arguments.config_file else None,
-        max_tokens_per_device=arguments.max_tokens_per_device,
+        output_dir=arguments.output_dir or Path("runs") / name,
         layout=arguments.layout,
+        max_tokens_per_device=arguments.max_tokens_per_device,
         gradient_checkpointing=arguments.gradient_checkpointing,
-        measure=not arguments.no_measure,
+        measures=not arguments.no_measure,
         trust_remote_code=arguments.trust_remote_code,
     )
-    print_forecast(name, expected)
+    print_forecast(found)
     return EXIT_DONE
 
 
@@ -114,7 +123,7 @@ def lock(arguments: argparse.Namespace) -> int:
     """Pin in a recipe the revisions and the bytes of its checkpoint and data, so that it trains on no others."""
     from accel_trainer.locking import lock_recipe
 
-    print(lock_recipe(arguments.recipe, trust_remote_code=arguments.trust_remote_code))
+    print(lock_recipe(arguments.recipe, arguments.overrides, trust_remote_code=arguments.trust_remote_code))
     return EXIT_DONE
 
 
@@ -125,23 +134,26 @@ def record(arguments: argparse.Namespace) -> int:
     """Write a run's result into its recipe, and the table of the library it stands in."""
     from accel_trainer.recording import record as write
 
-    print(write(arguments.run_folder, arguments.recipe, tolerance=arguments.tolerance))
+    print(write(arguments.run_folder, arguments.recipe, arguments.tolerance))
     return EXIT_DONE
 
 
 def reproduce(arguments: argparse.Namespace) -> int:
     """Train a recipe again and compare with its recorded result."""
+    from accel_trainer.reproduction import print_reproduction
     from accel_trainer.reproduction import reproduce as train_again
 
-    same = train_again(
+    found = train_again(
         arguments.recipe,
         arguments.overrides,
         config_file=arguments.config_file,
         output_dir=arguments.output_dir,
         tolerance=arguments.tolerance,
+        resume=arguments.resume,
         trust_remote_code=arguments.trust_remote_code,
     )
-    return EXIT_DONE if same else EXIT_FAILED
+    print_reproduction(found)
+    return EXIT_DONE if found.succeeded else EXIT_FAILED
 
 
 def prove(arguments: argparse.Namespace) -> int:
@@ -181,11 +193,11 @@ def predict(arguments: argparse.Namespace) -> int:
         rows = predict_file(predictor, source, target, *columns, keep_formulas=arguments.keep_formulas)
         print(f"{arguments.output}: {rows} rows")
         return EXIT_DONE
-    rows = []
+    table = []
     for text, record in zip(arguments.text, predict_texts(predictor, arguments.text, arguments.text_pair), strict=True):
         shares = sorted(record["probabilities"].items(), key=lambda item: -item[1])
-        rows.append([record["prediction"], "  ".join(f"{name} {share:.4f}" for name, share in shares), text])
-    print_table(["", "", ""], rows)
+        table.append([record["prediction"], "  ".join(f"{name} {share:.4f}" for name, share in shares), text])
+    print_table(["", "", ""], table)
     return EXIT_DONE
 
 
@@ -263,6 +275,9 @@ def _plan_arguments(verb: Parser) -> None:
     _tokens(verb)
     verb.add_argument("--layout", choices=("auto", "packed", "padded"), default="auto", help="as for the trainer")
     verb.add_argument("--gradient_checkpointing", action="store_true", help="as for the trainer")
+    verb.add_argument(
+        "--output_dir", type=Path, help="folder of the run, whose disk is looked at (default: the trainer's)"
+    )
     verb.add_argument("--no_measure", action="store_true", help="take no steps: say nothing of the time")
     _trust(verb)
 
@@ -280,6 +295,7 @@ def _copy_arguments(verb: Parser) -> None:
 
 def _lock_arguments(verb: Parser) -> None:
     verb.add_argument("recipe", metavar="RECIPE", help="path of a recipe, or its name")
+    verb.add_argument("overrides", nargs="*", metavar="section.revision=value", help="other revisions to pin")
     _trust(verb)
 
 
@@ -289,7 +305,7 @@ def _tolerance(verb: Parser, default: str) -> None:
 
 def _record_arguments(verb: Parser) -> None:
     verb.add_argument("run_folder", type=Path, metavar="RUN", help="folder of a run that is done")
-    verb.add_argument("--recipe", type=Path, metavar="FILE", help="the recipe's file (default: the one that was run)")
+    verb.add_argument("--recipe", help="path of the recipe, or its name (default: the one that was run)")
     _tolerance(verb, "0.02")
 
 
@@ -299,6 +315,7 @@ def _reproduce_arguments(verb: Parser) -> None:
     verb.add_argument(
         "--output_dir", type=Path, help="folder of the run (default: runs/reproduce/ and the recipe's name)"
     )
+    verb.add_argument("--resume", action="store_true", help="go on with an earlier reproduction in the folder")
     _tolerance(verb, "the recorded one")
     _trust(verb)
 

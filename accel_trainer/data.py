@@ -24,13 +24,23 @@ from transformers import PreTrainedTokenizerBase
 
 from accel_trainer import order
 from accel_trainer.errors import DataError
-from accel_trainer.labels import UNLABELLED, Labels, infer_names, label_ids
+from accel_trainer.labels import UNLABELLED, Labels, infer_names, label_ids, rare_classes, same_spelling
 from accel_trainer.recipe import DatasetSection
 from accel_trainer.sources import Source, Table, read_source
 from accel_trainer.splits import parse_slices
 from accel_trainer.tokenization import Tokens, cached_tokens
 
 SMALLEST_JUDGED_SPLIT = 20  # in fewer rows than this, a single class is bad luck rather than a mistake
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which rows play which role, before texts and labels are checked."""
+
+    roles: dict[str, tuple[Table, order.Rows]]  # a table, and which of its rows, in order
+    label_names: list[str]
+    revision: str | None  # commit of a Hub dataset
+    notes: list[str]  # on the classes, where the rows name them
 
 
 @dataclass(frozen=True)
@@ -85,20 +95,32 @@ def load_labelled(section: DatasetSection) -> LabelledData:
     Raises:
         DataError: the data do not fit the recipe; the message names file and row, or how many rows.
     """
+    selection = select_rows(section)
+    names, notes = selection.label_names, list(selection.notes)
+    roles = {
+        role: rows_of_role(section, role, table, rows, names, notes) for role, (table, rows) in selection.roles.items()
+    }
+    _check_roles(roles, names, notes)
+    notes.extend(_shared_texts(section, roles))
+    _check_locked(section, roles)
+    return LabelledData(roles, names, selection.revision, notes)
+
+
+def select_rows(section: DatasetSection) -> Selection:
+    """Read the data a recipe names, and give every row its role.
+
+    Raises:
+        DataError: the data cannot be read, or the roles cannot be taken from them.
+    """
     sources = section.splits.roles()
     named = all(isinstance(source, str) for source in sources.values())
     wanted = {piece.name for source in sources.values() for piece in parse_slices(str(source))} if named else None
     source = read_source(section, wanted)
     selected = _slice_roles(section, source) if named else _draw_roles(section, source)
     names = _label_names(section, selected)
-    roles: dict[str, Rows] = {}
-    notes: list[str] = []
-    for role, (table, rows) in selected.items():
-        roles[role] = rows_of_role(section, role, table, _capped(section, role, rows), names, notes)
-    _check_roles(roles, names, notes)
-    notes.extend(_shared_texts(section, roles))
-    _check_locked(section, roles)
-    return LabelledData(roles, names, source.revision, notes)
+    notes = _notes_on_classes(section, *selected["train"], names)
+    capped = {role: (table, _capped(section, role, rows)) for role, (table, rows) in selected.items()}
+    return Selection(capped, names, source.revision, notes)
 
 
 def _slice_roles(section: DatasetSection, source: Source) -> dict[str, tuple[Table, order.Rows]]:
@@ -125,10 +147,8 @@ def _slice_roles(section: DatasetSection, source: Source) -> dict[str, tuple[Tab
             for other, ranges in taken.items():
                 for name, held in ranges:
                     if name == piece.name and max(start, held.start) < min(stop, held.stop):
-                        raise DataError(
-                            f"dataset.splits: {role} and {other} share rows {max(start, held.start)} to "
-                            f"{min(stop, held.stop) - 1} of {piece.name!r}; give each row one role"
-                        )
+                        shared = f"{piece.name}[{max(start, held.start)}:{min(stop, held.stop)}]"
+                        raise DataError(f"dataset.splits: {role} and {other} share {shared}; give each row one role")
             taken.setdefault(role, []).append((piece.name, range(start, stop)))
             everything = np.arange(n) if section.shuffle_seed is None else order.shuffled(n, section.shuffle_seed)
             used.setdefault(piece.name, (role, table))
@@ -193,8 +213,8 @@ def _draw_roles(section: DatasetSection, source: Source) -> dict[str, tuple[Tabl
             f"dataset.splits: {bounds[-1]} rows are asked for, {_source_name(section)} has {n}; ask for fewer"
         )
     names = _label_names(section, {"train": (table, np.arange(n))})
-    values = _label_cells(section, "train", table, np.arange(n), names)
-    labels, _ = label_ids(values, names, _mapping(section), table.place)
+    values = label_cells(section, "train", table, np.arange(n), names)
+    labels, _ = label_ids(values, names, mapping(section), table.place)
     drawn = order.stratified(labels, section.draw_seed)
     roles = {}
     for role, start, stop in zip(sizes, bounds, bounds[1:], strict=False):
@@ -214,7 +234,8 @@ def _capped(section: DatasetSection, role: str, rows: order.Rows) -> order.Rows:
     return rows if cap is None else rows[order.subset(len(rows), cap, section.draw_seed)]
 
 
-def _mapping(section: DatasetSection) -> dict[str, str] | None:
+def mapping(section: DatasetSection) -> dict[str, str] | None:
+    """The recipe's {value in the file: name}, where it gives one."""
     return section.labels if isinstance(section.labels, dict) else None
 
 
@@ -224,9 +245,22 @@ def _source_name(section: DatasetSection) -> str:
 
 def _column(section: DatasetSection, role: str, table: Table, rows: order.Rows, column: str) -> list[Any]:
     """Cells of one column in the order of `rows`; a test split may lack its label column."""
+    if role == "test" and column == section.label_column and column not in table.data.column_names:
+        return [None] * len(rows)
+    check_column(section, table, column)
+    cells: list[Any] = (
+        table.data.select_columns([column]).with_format("arrow")[:][column].take(pa.array(rows)).to_pylist()
+    )
+    return cells
+
+
+def check_column(section: DatasetSection, table: Table, column: str) -> None:
+    """See that the table has a column that the recipe names.
+
+    Raises:
+        DataError: it has not; the message names the nearest.
+    """
     if column not in table.data.column_names:
-        if role == "test" and column == section.label_column:
-            return [None] * len(rows)
         close = get_close_matches(column, table.data.column_names, n=1)
         key = {
             section.text_column: "text_column",
@@ -237,10 +271,6 @@ def _column(section: DatasetSection, role: str, table: Table, rows: order.Rows, 
             f"dataset.{key}: {table.origins[0].name} has no column {column!r}"
             f"{f' (did you mean {close[0]!r}?)' if close else ''}; it has {', '.join(table.data.column_names)}"
         )
-    cells: list[Any] = (
-        table.data.select_columns([column]).with_format("arrow")[:][column].take(pa.array(rows)).to_pylist()
-    )
-    return cells
 
 
 def _label_names(section: DatasetSection, roles: dict[str, tuple[Table, order.Rows]]) -> list[str]:
@@ -267,6 +297,24 @@ def _label_names(section: DatasetSection, roles: dict[str, tuple[Table, order.Ro
     return found
 
 
+def _notes_on_classes(section: DatasetSection, table: Table, rows: order.Rows, names: list[str]) -> list[str]:
+    """What looks like a misspelling among classes that are but the distinct values of the training split."""
+    inferred = section.labels is None and not isinstance(table.data.features[section.label_column], datasets.ClassLabel)
+    if not inferred:
+        return []
+    labels, _ = label_ids(label_cells(section, "train", table, rows, names), names, None, table.place)
+    counts = np.bincount(labels[labels != UNLABELLED], minlength=len(names)).tolist()
+    stray = [f"{names[i]!r} ({counts[i]} row{'s' if counts[i] > 1 else ''})" for i in rare_classes(counts)]
+    alike = [f"{one!r} and {other!r}" for one, other in same_spelling(names)]
+    said = [f"there are few rows of {', '.join(stray[:10])}"] if stray else []
+    said += [f"these differ in spelling only: {', '.join(alike[:10])}"] if alike else []
+    return [
+        f"train: every distinct label is a class, {len(names)} in all; {what}; mend the rows, or list the classes in "
+        "dataset.labels"
+        for what in said
+    ]
+
+
 def _one_class(role: str, count: int, name: str) -> DataError:
     return DataError(
         f"dataset.splits.{role}: all {count} rows have the label {name!r}; where a file is sorted by label, set "
@@ -274,11 +322,11 @@ def _one_class(role: str, count: int, name: str) -> DataError:
     )
 
 
-def _label_cells(section: DatasetSection, role: str, table: Table, rows: order.Rows, names: list[str]) -> list[Any]:
+def label_cells(section: DatasetSection, role: str, table: Table, rows: order.Rows, names: list[str]) -> list[Any]:
     """Cells of the label column; where the data name their classes, ids become names, so that none is read twice."""
     cells = _column(section, role, table, rows, section.label_column)
     feature = table.data.features.get(section.label_column)
-    if not isinstance(feature, datasets.ClassLabel) or _mapping(section) is not None:
+    if not isinstance(feature, datasets.ClassLabel) or mapping(section) is not None:
         return cells
     own = names if section.labels is not None else feature.names
     return [own[cell] if cell is not None and 0 <= cell < len(own) else cell for cell in cells]
@@ -304,11 +352,9 @@ def rows_of_role(
     def place(row: int) -> str:
         return table.place(int(rows[row]))
 
-    values = _label_cells(section, role, table, rows, names)
-    labels, guessed = label_ids(values, names, _mapping(section), place)
-    if guessed:
-        readings = ", ".join(f"{value} → {name}" for value, name in guessed.items())
-        notes.append(f"{role}: labels read as {readings}; dataset.labels can say so explicitly")
+    values = label_cells(section, role, table, rows, names)
+    labels, guessed = label_ids(values, names, mapping(section), place)
+    notes.extend(note_on_guesses(role, guessed))
     texts = _texts(section, role, table, rows, section.text_column, place)
     pairs = _texts(section, role, table, rows, section.text_pair_column, place) if section.text_pair_column else None
     digest = hashlib.sha256()
@@ -317,6 +363,12 @@ def rows_of_role(
         record = [texts[window], pairs[window] if pairs else None, labels[window].tolist()]
         digest.update(json.dumps(record, ensure_ascii=True).encode())
     return Rows(role, table.data.select(rows), labels, place, digest.hexdigest())
+
+
+def note_on_guesses(role: str, guessed: dict[str, str]) -> list[str]:
+    """How labels were read that are no names as they stand; nothing where there is none."""
+    readings = ", ".join(f"{value} → {name}" for value, name in guessed.items())
+    return [f"{role}: labels read as {readings}; dataset.labels can say so explicitly"] if guessed else []
 
 
 def _texts(

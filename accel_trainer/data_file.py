@@ -37,6 +37,9 @@ logger = logging.getLogger(__name__)
 ROWS_AT_ONCE = 1000  # what `datasets` writes per record batch; its row lookup is made for it
 # Beyond these a file is damaged or made to fill memory: a quote never closed, a line that decompresses without end.
 LONGEST_CELL = 2**27  # characters, for each of which the csv module needs 4 bytes
+# Columns of a CSV or TSV file are sought between these if its header holds none of its own delimiters.
+OTHER_DELIMITERS = {"csv": "\t;|", "tsv": ";|,"}
+SAMPLE = 2**16  # bytes of which an encoding is judged where two decode the file
 LONGEST_LINE = 2**28  # characters; a .json file may hold all its records in one line
 MOST_COLUMNS = 10_000
 
@@ -178,15 +181,66 @@ def _text_encoding(file: DataFile, wanted: str | None) -> str:
     if offset is None:
         return "utf-8-sig"  # reads files with and without a byte order mark
     # Only then: gb18030 decodes much UTF-8 without complaint, into other characters.
-    if _undecodable(file, "gb18030") is None:
+    if _undecodable(file, "gb18030") is None and _has_wide_characters(file):
+        if _reads_like_big5(file):
+            raise DataError(
+                f"{file.name}: it is not UTF-8, and decodes as gb18030 as well as Big5, as which it reads better; set "
+                "`dataset.encoding: cp950` if it is Big5, else `dataset.encoding: gb18030`"
+            )
         logger.warning("%s is not UTF-8; it is read as gb18030 (set dataset.encoding if it is neither)", file.name)
         return "gb18030"
+    raise _unknown_encoding(file, offset)
+
+
+def _has_wide_characters(file: DataFile) -> bool:
+    """Whether bytes beyond ASCII stand side by side, as in Chinese; the accented letters of latin-1 hardly ever do."""
     with _opened(file) as stream:
-        utf16 = stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    remedy = (
-        "it begins like UTF-16: set `dataset.encoding: utf-16`" if utf16 else "name it: `dataset.encoding: latin-1`"
+        return any(re.search(rb"[\x80-\xff]{2}", chunk) for chunk in iter(partial(stream.read, 1 << 20), b""))
+
+
+def _reads_like_big5(file: DataFile) -> bool:
+    """Whether a file that decodes as gb18030 is more likely Big5, of which much decodes as both.
+
+    A judgement by the characters in everyday use, which both encodings keep apart from the rest: text has little else,
+    and the other encoding's text, misread, has much.
+    """
+    if _undecodable(file, "cp950") is not None:
+        return False
+    with _opened(file) as stream:
+        sample = stream.read(SAMPLE)
+    return _everyday_share(sample, "cp950", 0xA440, 0xC67E) > _everyday_share(sample, "gb18030", 0xB0A1, 0xD7F9)
+
+
+def _everyday_share(sample: bytes, encoding: str, first: int, last: int) -> float:
+    """Share of the Chinese characters whose two bytes lie from `first` to `last`; 0 if there is none."""
+    text = re.sub("[^\u3400-\u9fff]", "", sample.decode(encoding, errors="ignore"))
+    everyday = sum(first <= int.from_bytes(character.encode(encoding)) <= last for character in text)
+    return everyday / max(1, len(text))
+
+
+def _unknown_encoding(file: DataFile, offset: int) -> DataError:
+    """What to say of a file that is neither UTF-8, undecodable at `offset`, nor gb18030."""
+    with _opened(file) as stream:
+        if stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            return DataError(f"{file.name}: it begins like UTF-16, not UTF-8; set `dataset.encoding: utf-16`")
+    first, undecodable, beyond_ascii = 0, 0, 0
+    with _opened(file) as stream:
+        for number, line in enumerate(iter(partial(stream.readline, LONGEST_LINE), b""), 1):
+            beyond_ascii += not line.removeprefix(codecs.BOM_UTF8).isascii()
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                first, undecodable = first or number, undecodable + 1
+    what = f"{file.name}, line {first}: it is not UTF-8 (byte {offset}), and the file is no gb18030 text either"
+    if undecodable < beyond_ascii:
+        return DataError(
+            f"{what}; {undecodable} of its {beyond_ascii} lines beyond ASCII {'is' if undecodable == 1 else 'are'} not UTF-8, "
+            "so encodings are mixed: write those lines again as UTF-8"
+        )
+    return DataError(
+        f"{what}; set `dataset.encoding` to what it is, such as cp1252 for Western Europe (the latin-1 of Windows), cp950, "
+        "shift_jis or euc_kr"
     )
-    raise DataError(f"{file.name}: byte {offset} is not UTF-8, and the encoding is not gb18030 either; {remedy}")
 
 
 def _undecodable(file: DataFile, encoding: str) -> int | None:
@@ -236,6 +290,14 @@ def _csv_pieces(file: DataFile, encoding: str) -> Iterator[pa.Table]:
     if header is None:
         raise DataError(f"{file.name}, line 1: there is no header, only blank lines; name the columns there")
     _check_columns(file, len(header))
+    other = _other_delimiter(file, header)
+    if other is not None:
+        by_commas = f"save it as .csv with commas, by pandas.read_csv(…, sep={other!r}).to_csv(…, index=False)"
+        remedy = {"\t": "end its name in .tsv", ",": "end its name in .csv"}.get(other, by_commas)
+        raise DataError(
+            f"{file.name}, line {line}: the columns seem to be separated by {other!r}, which a .{file.format} file does not "
+            f"do: its header {_short(header[0])} would be one column; {remedy}"
+        )
     if len(set(header)) < len(header) or not all(header):
         twice = sorted({name for name in header if name and header.count(name) > 1})
         what = f"column {twice[0]!r} is named twice" if twice else f"column {header.index('') + 1} has no name"
@@ -258,6 +320,14 @@ def _csv_pieces(file: DataFile, encoding: str) -> Iterator[pa.Table]:
         yield pa.table(dict(zip(header, columns, strict=True)))
     if empty:
         raise DataError(f"{file.name}, line {line}: nothing follows the header; add rows or leave the file out")
+
+
+def _other_delimiter(file: DataFile, header: list[str]) -> str | None:
+    """What separates the columns of a header that is one cell, if it is not the delimiter of the format."""
+    if len(header) > 1:
+        return None
+    split = ((delimiter, header[0].split(delimiter)) for delimiter in OTHER_DELIMITERS[file.format])
+    return next((delimiter for delimiter, names in split if len(names) > 1 and all(map(str.strip, names))), None)
 
 
 def _csv_rows(file: DataFile, encoding: str) -> Iterator[tuple[int, list[str]]]:
@@ -303,7 +373,7 @@ def _json_values(file: DataFile, encoding: str) -> Iterator[tuple[str, object]]:
     if file.format == "json":
         beginning = next((line.strip() for line in _lines(file, encoding) if line.strip()), "")
         if beginning.startswith("["):
-            for row, value in enumerate(_parsed(file, "".join(_lines(file, encoding)), 1)):
+            for row, value in enumerate(_parsed(file, "".join(_lines(file, encoding)), 1), 1):
                 yield f"row {row}", value
             return
     for number, line in enumerate(_lines(file, encoding), 1):

@@ -30,6 +30,7 @@ class Draft:
 
     source: str
     override: str = ""
+    subject: str = "a recipe"  # what is being read, in words
     values: dict[str, Any] = field(default_factory=dict)
     spots: dict[Keys, Spot] = field(default_factory=dict)
     mistakes: list[Mistake] = field(default_factory=list)

@@ -84,7 +84,7 @@ class Mistake:
         place = self.source if self.line is None else f"{self.source}:{self.line}"
         subject = f"{place}: {self.key}" if self.key else place
         text = f"{subject}: {self.what}; {self.remedy}" if self.remedy else f"{subject}: {self.what}"
-        return showable(text.replace("\n", "\\n"), 1_000)
+        return showable(without_secrets(text).replace("\n", "\\n"), 1_000)
 
 
 class RecipeError(UserError):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
@@ -36,14 +36,20 @@ class LoadedMicroBatch:
 
 
 @dataclass(frozen=True)
-class StepWork:
-    """One process's share of a step, and the size of the whole."""
+class StepSize:
+    """What a step computes, over all processes."""
 
-    micro_batches: Sequence[LoadedMicroBatch]
     examples: int  # of the global batch
     tokens: int  # real tokens of the global batch
     positions: int  # real and padding tokens computed for it, fillers left out
     padded_positions: int  # examples × the longest of them
+
+
+@dataclass(frozen=True)
+class StepWork(StepSize):
+    """One process's share of a step, and the size of the whole."""
+
+    micro_batches: Sequence[LoadedMicroBatch]
 
 
 @dataclass
@@ -69,10 +75,14 @@ class Feed:
     def work(self, step: int, max_tokens: int) -> StepWork:
         """The work of a step at a token budget."""
         rows, divided = self.divide(step, max_tokens)
+        micro_batches = self.load(step, rows, divided[self.process_index])
+        return StepWork(micro_batches=micro_batches, **asdict(self.size(rows, divided)))
+
+    def size(self, rows: order.Rows, divided: Sequence[Sequence[batching.MicroBatch]]) -> StepSize:
+        """What the rows of a step compute, divided so."""
         lengths, costs = self.split.tokens.lengths[rows], self.split.tokens.costs(packed=self.packed)[rows]
         real = [part.indices for parts in divided for part in parts if part.weight]
-        return StepWork(
-            micro_batches=self.load(step, rows, divided[self.process_index]),
+        return StepSize(
             examples=len(rows),
             tokens=int(lengths.sum()),
             positions=sum(

@@ -20,11 +20,12 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, gather_object
+from accelerate.utils import GradientAccumulationPlugin, gather_object
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from accel_trainer import COLLECTION_THRESHOLD
+from accel_trainer.accelerate_keys import REFUSED
 from accel_trainer.batching import token_budget
 from accel_trainer.errors import HardwareError, OutOfMemory, ProcessLost, UserError
 from accel_trainer.redaction import without_secrets
@@ -37,12 +38,6 @@ LOST = ("/gloo/", "NCCL", "Connection closed by peer", "Connection reset by peer
 TIMEOUT = 1800  # seconds, as `TrainingArguments.ddp_timeout`
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _GROUPS: list[Any] = []  # see `leave_process_group`
-REFUSED = {
-    DistributedType.DEEPSPEED: "DeepSpeed owns the optimizer step and pickles its checkpoints; use multi_gpu.yaml instead",
-    DistributedType.MEGATRON_LM: "Megatron-LM owns the training loop; use multi_gpu.yaml instead",
-    DistributedType.FSDP: "a checkpoint of sharded weights cannot be gone on from yet; use multi_gpu.yaml, and "
-    "--gradient_checkpointing where memory is short",
-}
 
 
 def start_accelerator(
@@ -97,7 +92,7 @@ def start_accelerator(
             f"({accelerator.distributed_type.value}); each would train alone. Launch CPU processes with "
             "accelerate_configs/multi_cpu.yaml, or set ACCELERATE_USE_CPU=true"
         )
-    reason = REFUSED.get(accelerator.distributed_type)
+    reason = REFUSED.get(accelerator.distributed_type.value)
     if reason is not None:
         raise HardwareError(f"accelerate config: distributed_type {accelerator.distributed_type.value}: {reason}")
     return accelerator
@@ -162,7 +157,7 @@ def tokens_per_device(accelerator: Accelerator, needs: tuple[int, int], given: i
 
     Args:
         accelerator: the run's.
-        needs: `model.memory_needs`.
+        needs: bytes that stay, and that a token takes: see `memory`.
         given: on the command line, None if it is not.
 
     Raises:

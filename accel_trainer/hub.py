@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from pathlib import Path
 
-import datasets
 import huggingface_hub
 
-from accel_trainer.tracking import logger
+logger = logging.getLogger("accel_trainer")
 
 PATIENCE = 10.0  # seconds for the Hub's first answer
 
@@ -33,4 +34,5 @@ def use_cache_if_unreachable() -> None:
     if reason:
         logger.warning("the Hub is not reached (%s): what is cached on this machine is used", reason)
         huggingface_hub.constants.HF_HUB_OFFLINE = True
-        datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = True
+        if datasets := sys.modules.get("datasets"):  # imported later, it sees for itself
+            datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = True

@@ -13,10 +13,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from accel_trainer import hardware, metrics
 from accel_trainer.data import LabelledData, Split, load_labelled, tokenise
+from accel_trainer.differences import PLACES
 from accel_trainer.errors import UserError
 from accel_trainer.hub import is_on_hub, use_cache_if_unreachable
 from accel_trainer.hub_data import hub_id
-from accel_trainer.model import build_model, checkpoint_commit, load_config, weights_sha256
+from accel_trainer.model import build_model, load_config, weights_sha256
+from accel_trainer.model_files import check_files, pinned_files
 from accel_trainer.recipe import Recipe
 from accel_trainer.tokenization import load_tokenizer, longest_input, tokenizer_sha256
 
@@ -65,6 +67,7 @@ def read_inputs(recipe: Recipe, *, trust_remote_code: bool = False) -> Inputs:
     asked = recipe.dataset.path is not None and hub_id(recipe.dataset.path) is not None
     if asked or is_on_hub(recipe.model.checkpoint) or is_on_hub(recipe.model.tokenizer):
         use_cache_if_unreachable()
+    check_files(recipe.model)
     loaded = metrics.load_metrics(recipe.evaluation.metrics, allow_remote_code=trust_remote_code)
     data = load_labelled(recipe.dataset)
     training_texts = (
@@ -120,7 +123,7 @@ def truncation_notes(splits: dict[str, Split], max_length: int) -> list[str]:
 
 
 def pinned(recipe: Recipe, data: LabelledData, max_length: int) -> Recipe:
-    """The recipe with what could mean something else tomorrow fixed: commits, rows, maximum length, labels."""
+    """The recipe with what could mean something else tomorrow fixed: commits, files, rows, maximum length, labels."""
     dataset = recipe.dataset.model_copy(
         update={
             "revision": data.revision or recipe.dataset.revision,
@@ -129,17 +132,15 @@ def pinned(recipe: Recipe, data: LabelledData, max_length: int) -> Recipe:
             "sha256": {role: rows.sha256 for role, rows in data.roles.items()},
         }
     )
-    model = recipe.model.model_copy(update={"revision": checkpoint_commit(recipe.model) or recipe.model.revision})
-    return recipe.model_copy(update={"dataset": dataset, "model": model})
+    return recipe.model_copy(update={"dataset": dataset, "model": pinned_files(recipe.model)})
 
 
 def mathematics(inputs: Inputs) -> dict[str, Any]:
     """All that the steps of a run are a function of, as JSON; where the data lie and what is logged is left out."""
     recipe = inputs.recipe.model_dump(mode="json")
-    for key in ("path", "name", "revision", "data_files", "encoding", "sha256"):
-        del recipe["dataset"][key]  # what was read is compared, by its hash
-    for key in ("checkpoint", "revision", "sha256", "tokenizer"):
-        del recipe["model"][key]
+    for section, places in PLACES.items():
+        for key in places:  # what was read is compared, by its hash
+            del recipe[section][key]
     config = json.loads(inputs.model.config.to_json_string(use_diff=True))
     return {
         **{section: recipe[section] for section in ("dataset", "model", "training", "evaluation")},
@@ -148,19 +149,3 @@ def mathematics(inputs: Inputs) -> dict[str, Any]:
         "tokenizer": tokenizer_sha256(inputs.tokenizer),
         "config": {key: value for key, value in config.items() if key not in NOT_MATHEMATICS},
     }
-
-
-def flat(values: dict[str, Any], key: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, under dotted keys."""
-    pairs = ((f"{key}.{name}" if key else name, value) for name, value in values.items())
-    return {
-        dotted: leaf
-        for place, value in pairs
-        for dotted, leaf in (flat(value, place) if isinstance(value, dict) and value else {place: value}).items()
-    }
-
-
-def differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Dotted keys whose values differ between two nested dictionaries, with both values; None where one has none."""
-    old, new = flat(before), flat(now)
-    return [(key, old.get(key), new.get(key)) for key in sorted({*old, *new}) if old.get(key) != new.get(key)]

@@ -6,11 +6,9 @@ The same seed and checkpoint give the same initial weights on every machine; the
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
@@ -123,14 +121,6 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
         repeats = any(part in name for part in ("layer", "group", "expert"))
         if repeats and isinstance(value, int | float) and value > MOST_LAYERS:
             raise UserError(f"model.from_config: {name} is {value}; give at most {MOST_LAYERS}")
-
-
-def checkpoint_commit(section: ModelSection) -> str | None:
-    """Commit of the Hub checkpoint that was just read, from the name of its folder in the Hub's cache; None for others."""
-    if section.checkpoint is None or Path(section.checkpoint).exists():
-        return None
-    cached = try_to_load_from_cache(section.checkpoint, "config.json", revision=section.revision or "main")
-    return Path(cached).parent.name if isinstance(cached, str) else None
 
 
 def build_model(
@@ -254,30 +244,6 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "total": sum(p.numel() for p in model.parameters()),
     }
-
-
-class MemoryNeeds(NamedTuple):
-    """Rough needs of training in float32."""
-
-    weights_bytes: int  # weights, and of those that are trained gradient and AdamW's two averages
-    bytes_per_token: int  # activations that are kept for the backward pass
-
-
-def memory_needs(model: PreTrainedModel, longest: int, *, gradient_checkpointing: bool = False) -> MemoryNeeds:
-    """What training a model on texts of up to `longest` tokens keeps in memory.
-
-    A layer keeps about 16 vectors of its width for each token, and 4 of the feed-forward's (assumption: counted in a BERT
-    layer with dropout, and rounded up for what the backward pass needs besides); with attention dropout also 9 bytes for each
-    head and token that it looks at: weights before and after dropout, and what is kept. Checkpointed, it keeps its input.
-    """
-    counts, config = count_parameters(model), model.config
-    width, layers = getattr(config, "hidden_size", 768), getattr(config, "num_hidden_layers", 12)
-    inner = getattr(config, "intermediate_size", None) or getattr(config, "hidden_dim", None) or 4 * width
-    layer = 4 * (16 * width + 4 * inner)
-    if any(getattr(config, name, None) for name in DROPOUT_NAMES["attention_dropout"]):
-        layer += 9 * getattr(config, "num_attention_heads", 12) * longest
-    kept = layer + 4 * width * layers if gradient_checkpointing else layer * layers
-    return MemoryNeeds(4 * counts["total"] + 12 * counts["trainable"], kept)
 
 
 def is_stock_encoder(model: PreTrainedModel) -> bool:

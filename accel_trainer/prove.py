@@ -11,9 +11,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -31,6 +28,7 @@ from accel_trainer import batching, hardware
 from accel_trainer.errors import TrainingFailed, UserError
 from accel_trainer.evaluation import predict_logits
 from accel_trainer.inputs import read_inputs
+from accel_trainer.launching import LAUNCHER, TRAINER, launched
 from accel_trainer.library import find_recipe, shipped
 from accel_trainer.plan import TrainingPlan
 from accel_trainer.recipe_file import load_recipe
@@ -42,7 +40,6 @@ from accel_trainer.train import add_gradients, apply_gradients
 
 Numbers = npt.NDArray[np.float64]
 
-TRAINER = "accel_trainer.train"
 FIXED_ROWS = 32  # whose logits are compared after the last step
 # Relative differences that pass as rounding in any recipe: of the loss, the gradient norm and the learning rate of any step;
 # of the optimizer's state after the last step, which remembers every gradient even while the rate is next to nothing; of the
@@ -240,13 +237,13 @@ def take_steps(
     """
     for leg in layout.legs:
         config = "single_gpu" if leg.device == "cuda" else "cpu" if leg.processes == 1 else "multi_cpu"
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", "no"]
+        launch = [*LAUNCHER, "--mixed_precision", "no"]
         launch += ["--config_file", str(shipped("accelerate_configs") / f"{config}.yaml")]
         launch += ["--num_processes", str(leg.processes), "-m", TRAINER, str(recipe), *overrides]
         launch += ["--output_dir", str(folder), "--max_tokens_per_device", str(layout.max_tokens)]
         launch += ["--layout", layout.layout]
         launch += ["--stop_after", str(leg.until), "--resume", *["--trust_remote_code"] * trust_remote_code]
-        said = launched(launch, folder.parent)
+        _, said = launched(launch, alone_in(folder.parent))
         status = RunFolder(folder).status()
         if (status.get("state"), status.get("step")) != ("interrupted", leg.until):
             told = status.get("reason") if status.get("state") == "failed" else None
@@ -262,25 +259,10 @@ def take_steps(
     return trace
 
 
-def launched(command: Sequence[str], place: Path) -> str:
-    """Start a launcher, wait for it, and end it and all that it started if this process is interrupted meanwhile.
-
-    Returns:
-        the last lines that it wrote to stderr.
-    """
+def alone_in(place: Path) -> dict[str, str]:
+    """The environment of a launch that no launch is around."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCH_VARIABLES)}
-    environment["TMPDIR"] = str(place)  # where torchrun leaves folders
-    # A session of its own, because a signal to accelerate's launcher alone leaves the trainer running.
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        _, errors = process.communicate()
-    except BaseException:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
-        raise
-    return "\n".join(errors.strip().splitlines()[-20:])
+    return {**environment, "TMPDIR": str(place)}  # where torchrun leaves folders
 
 
 def table(

@@ -7,7 +7,9 @@ checking a recipe costs milliseconds.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
@@ -19,6 +21,10 @@ from accel_trainer.splits import parse_slices
 # Metrics that this package ships (`metrics`), and the shorter list that `average` applies to.
 SHIPPED_METRICS = ("accuracy", "precision", "recall", "f1", "matthews_correlation")
 LOWER_IS_BETTER = ("loss",)
+# What other libraries call them, letters and digits alone. None of these is a metric of `evaluate`.
+_METRICS_ELSEWHERE = {"acc": "accuracy", "mcc": "matthews_correlation", "matthewscorrcoef": "matthews_correlation"}
+# A metric of `evaluate`'s own namespace, or of somebody's (`owner/name`).
+_METRIC_NAME = re.compile(r"[a-z0-9][a-z0-9_]*|[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?<!\.py)")
 
 # Keyword arguments of the schedules in transformers' `get_scheduler`, by schedule.
 SCHEDULER_KWARGS: dict[str, frozenset[str]] = {
@@ -68,6 +74,19 @@ class Section(BaseModel):
             text = "; ".join(f"{rule.field}: {rule.what}; {rule.remedy}" for rule in broken)
             raise PydanticCustomError("rules", "{text}", {"text": text, "broken": broken})
         return self
+
+
+def shipped_metric_meant(name: str) -> str | None:
+    """The metric of the package that a name which is none of `evaluate`'s seems to mean; None where it means none.
+
+    So `acuracy`, `F1`, `f1_score` and `eval_acc` are answered at once, and not by the Hub, which has no such metric.
+    """
+    plain = re.sub(r"[^a-z0-9]", "", name.lower().removeprefix("eval_")).removesuffix("score")
+    for average in ("macro", "micro", "weighted", "binary"):
+        plain = plain.removeprefix(average).removesuffix(average)
+    shipped = {re.sub("_", "", metric): metric for metric in SHIPPED_METRICS} | _METRICS_ELSEWHERE
+    close = [plain] if plain in shipped else get_close_matches(plain, shipped, 1, 0.8)
+    return shipped[close[0]] if close and "/" not in name else None
 
 
 class SplitsSection(Section):
@@ -200,6 +219,9 @@ class ModelSection(Section):
         None, description="File of the checkpoint, or of `tokenizer/`, → its SHA-256. Other bytes are refused."
     )
     tokenizer: str | None = Field(None, description="Hub id or folder of another tokenizer; null: the checkpoint's.")
+    tokenizer_revision: str | None = Field(
+        None, description="Branch, tag or commit of a Hub `tokenizer`; null: main. The checkpoint's follows `revision`."
+    )
     train_tokenizer: TokenizerTraining | None = Field(
         None, description="Train a WordPiece tokenizer on the training split; only with `from_config`."
     )
@@ -308,6 +330,28 @@ class TrainingSection(Section):
             yield Broken("lr_scheduler_kwargs", f"{schedule} needs num_decay_steps", "add num_decay_steps: N", also)
         if schedule == "cosine_with_min_lr" and not {"min_lr", "min_lr_rate"} & set(self.lr_scheduler_kwargs):
             yield Broken("lr_scheduler_kwargs", f"{schedule} needs min_lr or min_lr_rate", "add one of them", also)
+        yield from self._schedule_values()
+
+    def _schedule_values(self) -> Iterator[Broken]:
+        """What the schedule would refuse when the run has begun, or take for a curve that nobody means."""
+        known = SCHEDULER_KWARGS[self.lr_scheduler_type] & set(self.lr_scheduler_kwargs)
+        numbers = {
+            name: value for name in sorted(known) if isinstance(value := self.lr_scheduler_kwargs[name], int | float)
+        }
+        also = ("lr_scheduler_type",)
+        if {"min_lr", "min_lr_rate"} <= set(numbers):
+            yield Broken("lr_scheduler_kwargs", "min_lr and min_lr_rate say the same in two ways", "keep one", also)
+        for name, value in numbers.items():
+            if value < 0:
+                yield Broken("lr_scheduler_kwargs", f"{name}: {value} is below 0", "give a number from 0", also)
+            elif name in ("lr_end", "min_lr") and value >= self.learning_rate:
+                what = f"{name}: {value} is no end below the learning_rate, {self.learning_rate}"
+                yield Broken("lr_scheduler_kwargs", what, "give a smaller number", (*also, "learning_rate"))
+            elif name == "num_decay_steps" and value != int(value):
+                yield Broken("lr_scheduler_kwargs", f"{name}: {value} is no number of steps", "give whole steps", also)
+            elif name == "num_decay_steps" and self.max_steps is not None and value > self.max_steps:
+                what = f"the decay is longer than max_steps, {self.max_steps}"
+                yield Broken("lr_scheduler_kwargs", what, "shorten it", (*also, "max_steps"))
 
 
 class EvaluationSection(Section):
@@ -349,15 +393,35 @@ class EvaluationSection(Section):
     def rules(self) -> Iterator[Broken]:
         if len(set(self.metrics)) < len(self.metrics):
             yield Broken("metrics", "a metric is named twice", "name each once")
+        yield from self._metric_names()
         produced = ["loss", *self.metrics]
         # A metric from elsewhere may produce several numbers, called name_key; the trainer sees before its first step.
         foreign = tuple(f"{name}_" for name in self.metrics if name not in SHIPPED_METRICS)
         if self.best_metric not in produced and not (foreign and self.best_metric.startswith(foreign)):
-            remedy = f"choose from {', '.join(produced)}, or add it to metrics"
+            near = get_close_matches(self.best_metric, produced, 1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            remedy = f"{hint}choose from {', '.join(produced)}, or add it to metrics"
             yield Broken("metric_for_best_model", f"{self.best_metric} is not produced", remedy, ("metrics",))
         if self.early_stopping_patience is not None and self.eval_strategy == "no":
             remedy = "set eval_strategy to steps or epoch"
             yield Broken("early_stopping_patience", "there are no evaluations", remedy, ("eval_strategy",))
+
+    def _metric_names(self) -> Iterator[Broken]:
+        for name in self.metrics:
+            if name in SHIPPED_METRICS:
+                continue
+            if name == "loss":
+                yield Broken("metrics", "loss is always reported", "leave it out")
+            elif meant := shipped_metric_meant(name):
+                how = (
+                    ", and give evaluation.average"
+                    if any(word in name for word in ("macro", "micro", "weighted"))
+                    else ""
+                )
+                yield Broken("metrics", f"there is no metric '{name}'", f"did you mean {meant}? write it so{how}")
+            elif not _METRIC_NAME.fullmatch(name):
+                remedy = f"choose from {', '.join(SHIPPED_METRICS)}, or name one of evaluate's, such as roc_auc"
+                yield Broken("metrics", f"'{name}' is no name of a metric", remedy)
 
 
 class SavingSection(Section):
@@ -410,7 +474,8 @@ class Recipe(Section):
     )
     source: str | None = Field(None, description="Where the settings were published: an address or a citation.")
     derived_from: str | None = Field(
-        None, description="The recipe that this one was copied from, and its SHA-256, as `accel-trainer copy` writes it."
+        None,
+        description="The recipe that this one was copied from, and its SHA-256, as `accel-trainer copy` writes it.",
     )
     dataset: DatasetSection
     model: ModelSection
@@ -428,7 +493,7 @@ class Recipe(Section):
                     remedy, also = "add dataset.splits.validation", ("dataset.splits.validation",)
                     yield Broken(f"evaluation.{field}", "there is no validation split", remedy, also)
         names = self.dataset.label_names()
-        if self.evaluation.average == "binary" and names is not None and len(names) != 2:
+        if self.evaluation.average == "binary" and names is not None and len(names) > 2:
             remedy, also = "use macro, micro or weighted", ("dataset.labels",)
             yield Broken("evaluation.average", f"binary with {len(names)} labels", remedy, also)
 

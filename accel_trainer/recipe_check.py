@@ -75,7 +75,9 @@ def _report(draft: Draft, errors: Sequence[ErrorDetails]) -> None:
     around = {keys[:depth] for keys in kinds for depth in range(len(keys))}
     for keys, found in kinds.items():
         if keys not in around:  # an alternative that was not meant
-            draft.fault(keys, *_explained(draft, keys, found))
+            # One value may stand where a list of them does: then it has no place of its own.
+            at = keys[:-1] if isinstance(keys[-1], int) and keys not in draft.spots else keys
+            draft.fault(at, *_explained(draft, keys, found))
 
 
 def _located(values: object, error: ErrorDetails) -> Keys:

@@ -39,6 +39,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: every mistake of the file and of the overrides, the file's first, in the order of its lines.
     """
+    return _faultless(*examine_recipe(path, overrides))
+
+
+def examine_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Draft]:
+    """As `load_recipe`, but mistakes stay in the draft, in that order; what they spoil is a stand-in in the recipe.
+
+    Raises:
+        RecipeError: nothing can be read.
+    """
     source, path = str(path), Path(path)
     draft = Draft(source)
     try:
@@ -52,7 +61,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         draft.fault((), f"the file cannot be read: {reason}", "check its name and permissions")
     else:
-        return parse_recipe(content, source, overrides, path.parent)
+        return _examined(content, source, overrides, path.parent)
     raise RecipeError(draft.mistakes)
 
 
@@ -64,20 +73,39 @@ def parse_recipe(
     Raises:
         RecipeError: every mistake of the text and of the overrides.
     """
+    return _faultless(*_examined(text, source, overrides, None if base is None else Path(base)))
+
+
+def _examined(text: str | bytes, source: str, overrides: Sequence[str], base: Path | None) -> tuple[Recipe, Draft]:
+    draft = read_draft(text, source)
+    respell(draft)
+    for typed in overrides:
+        _apply_override(draft, typed)
+    _refuse_secrets(draft, draft.values)
+    resolve_paths(draft, base)
+    recipe = checked(draft)
+    draft.mistakes.sort(key=reading_order)
+    return recipe, draft
+
+
+def _faultless(recipe: Recipe, draft: Draft) -> Recipe:
+    if draft.mistakes:
+        raise RecipeError(draft.mistakes)
+    return recipe
+
+
+def read_draft(text: str | bytes, source: str) -> Draft:
+    """The plain values of a text as they are written, under old names too, and what is wrong with the YAML.
+
+    Raises:
+        RecipeError: nothing can be read, or there is no mapping.
+    """
     draft = Draft(source)
     try:
         draft.values = _read_mapping(_decoded(text, draft), draft)
     except Unreadable:
         raise RecipeError(draft.mistakes) from None
-    respell(draft)
-    for typed in overrides:
-        _apply_override(draft, typed)
-    _refuse_secrets(draft, draft.values)
-    resolve_paths(draft, Path(base) if base is not None else None)
-    recipe = checked(draft)
-    if draft.mistakes:
-        raise RecipeError(sorted(draft.mistakes, key=_reading_order))
-    return recipe
+    return draft
 
 
 def to_yaml(recipe: Recipe, header: str = "") -> str:
@@ -86,7 +114,8 @@ def to_yaml(recipe: Recipe, header: str = "") -> str:
     Readers of YAML 1.1 and of YAML 1.2 find the same values in it.
     """
     comments = "".join(f"# {line}".rstrip() + "\n" for line in header.splitlines())
-    values = {key: value for key, value in recipe.model_dump().items() if value not in (None, [])}  # of where it is from
+    # What no step depends on is left out where there is nothing to say: source, derived_from, results.
+    values = {key: value for key, value in recipe.model_dump().items() if value not in (None, [])}
     head = {key: value for key, value in values.items() if isinstance(value, str)}
     blocks = [write_yaml({key: value}) for key, value in values.items() if key not in head]
     return comments + "\n".join([write_yaml(head), *blocks])
@@ -103,7 +132,8 @@ def schema_text() -> str:
     return json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
 
 
-def _reading_order(mistake: Mistake) -> tuple[bool, float]:
+def reading_order(mistake: Mistake) -> tuple[bool, float]:
+    """Key to sort the mistakes of a recipe by: the file's by their lines, those without a line, then the overrides'."""
     return mistake.source == COMMAND_LINE, float("inf") if mistake.line is None else mistake.line
 
 
@@ -135,18 +165,33 @@ def _read_mapping(text: str, draft: Draft) -> dict[str, Any]:
 # --- overrides --------------------------------------------------------------------------------------------------------
 
 
-def _apply_override(draft: Draft, typed: str) -> None:
-    """Lay `section.key=value` over the draft; later overrides win over earlier ones."""
+def read_overrides(overrides: Sequence[str]) -> dict[Keys, Any]:
+    """The plain values that overrides set, in their order, under the recipe's own names; nothing is checked.
+
+    Raises:
+        RecipeError: one cannot be read.
+    """
+    draft, values = Draft(COMMAND_LINE), dict[Keys, Any]()
+    for typed in overrides:
+        for keys in _apply_override(draft, typed):
+            values.pop(keys, None)  # the last one has the last place too
+            values[keys] = draft.get(keys)
+    if draft.mistakes:
+        raise RecipeError(draft.mistakes)
+    return values
+
+
+def _apply_override(draft: Draft, typed: str) -> list[Keys]:
+    """Lay `section.key=value` over the draft; later overrides win over earlier ones. Returns the keys set."""
     side = Draft(COMMAND_LINE, typed)
     try:
         keys = _read_override(side, typed)
     except Unreadable:
         keys = ()
     moved = respell(side)
-    for new in [*moved.values(), *([keys] if keys else [])]:
-        value = side.get(new, ABSENT)
-        if value is ABSENT:
-            continue
+    found = [new for new in [*moved.values(), *([keys] if keys else [])] if side.get(new, ABSENT) is not ABSENT]
+    for new in found:
+        value = side.get(new)
         if blocked := draft.put(new, value):
             what = f"nothing can be set below {dotted(blocked)}, which is {shown(draft.spot(blocked).written)}"
             side.fault(new, what, "set it whole", suspect=blocked)
@@ -156,6 +201,7 @@ def _apply_override(draft: Draft, typed: str) -> None:
     draft.mistakes += side.mistakes
     draft.faulty |= side.faulty
     draft.suspects |= side.suspects
+    return found
 
 
 def _refuse_secrets(draft: Draft, value: Any, keys: Keys = ()) -> None:

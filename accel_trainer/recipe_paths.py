@@ -6,6 +6,7 @@ import glob
 import re
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from typing import cast
 
@@ -13,6 +14,8 @@ from accel_trainer.draft import Draft, Keys, shown
 from accel_trainer.file_names import extensions
 
 _HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*)?")
+
+MOST_ENTRIES = 10_000  # of a folder that are looked through for a name like another
 
 
 def resolve_paths(draft: Draft, beside: Path | None) -> None:
@@ -58,7 +61,9 @@ def _resolve(draft: Draft, keys: Keys, value: str, places: Sequence[Path], *, op
             return
     if not optional:
         looked = "it is absolute" if wanted.is_absolute() else f"looked in {' and '.join(map(str, places))}"
-        draft.fault(keys, f"no such file or folder: '{shown(value)}'", looked)
+        near = next(filter(None, (similar_path(place, wanted) for place in places)), None)
+        hint = f"did you mean {near}? " if near else ""
+        draft.fault(keys, f"no such file or folder: '{shown(value)}'", f"{hint}{looked}")
 
 
 def _absolute(place: Path, wanted: Path, *, globs: bool) -> str | None:
@@ -71,6 +76,8 @@ def _absolute(place: Path, wanted: Path, *, globs: bool) -> str | None:
         return None
     root = Path(path.anchor) if wanted.is_absolute() else place.resolve()
     pattern = wanted.relative_to(root) if wanted.is_absolute() else wanted
+    while pattern.parts[:1] == ("..",):
+        root, pattern = root.parent, Path(*pattern.parts[1:])
     try:
         matches = any(True for _ in root.glob(str(pattern)))
     except (OSError, ValueError):  # a folder that may not be read, a null byte, ** within a name
@@ -83,6 +90,23 @@ def _exists(path: Path) -> bool:
         return path.exists()
     except (OSError, ValueError):  # a name too long, a folder that may not be read, a null byte
         return False
+
+
+def similar_path(place: Path, wanted: Path) -> Path | None:
+    """What exists, seen from a folder, and differs from a path in few letters of its parts; None where nothing does."""
+    found = Path(wanted.anchor)
+    for part in wanted.relative_to(found).parts:
+        if part != ".." and not _exists(place / found / part):
+            try:
+                names = [entry.name for entry in islice((place / found).iterdir(), MOST_ENTRIES)]
+            except OSError:
+                return None
+            close = get_close_matches(part, names, 1, 0.7)
+            if not close:
+                return None
+            part = close[0]
+        found /= part
+    return found
 
 
 def similar_files(path: Path) -> str:

@@ -6,7 +6,7 @@ import logging
 from difflib import get_close_matches
 from typing import cast
 
-from accel_trainer.draft import ABSENT, Draft, Keys, dotted
+from accel_trainer.draft import ABSENT, Draft, Keys, dotted, shown
 from accel_trainer.recipe_fields import field_of, sections
 from accel_trainer.spellings import ANSWERED, ANSWERED_VALUES, RENAMED, TRANSLATED, Renamed, Untranslatable
 
@@ -65,15 +65,20 @@ def _translate(draft: Draft, key: str) -> None:
         draft.fault(keys, f"'{value}': {answer.what}", answer.remedy)
     elif key in TRANSLATED and (new := TRANSLATED[key](value)) != value:
         draft.put(keys, new)
-        logger.info("%s: %s: %s is read as %s", draft.spot(keys).source, key, value, new)
+        if new != [value]:
+            logger.info("%s: %s: %s is read as %s", draft.spot(keys).source, key, value, new)
 
 
 def _report_unknown(draft: Draft, section: Keys, name: str) -> None:
     keys, suspect = (*section, name), cast(Keys, ())
     what = f"{_called(section)} has no key of this name"
+    if draft.override and not section and (meant := option_meant(name)):
+        _, _, value = draft.override.partition("=")
+        draft.fault(keys, what, f"write {dotted(meant)}={shown(value)}", suspect=meant)
+        return
     homes = [home for home, schema in sections().items() if name in schema["properties"]]
     parts: Keys = tuple(name.split("."))
-    if answer := ANSWERED.get(name):
+    if answer := ANSWERED.get(name.lstrip("-") if draft.override else name):
         what, remedy = answer.what, answer.remedy
         suspect = tuple(answer.instead.split(".")) if answer.instead else ()
     elif renamed := RENAMED.get(name):
@@ -89,6 +94,18 @@ def _report_unknown(draft: Draft, section: Keys, name: str) -> None:
     else:
         remedy = f"it takes {', '.join(sections()[section]['properties'])}"
     draft.fault(keys, what, remedy, suspect=suspect)
+
+
+def option_meant(name: str) -> Keys | None:
+    """The one key that somebody means who writes its name alone, or as an option of a command line: `--learning_rate`.
+
+    None where no key or several may be meant.
+    """
+    plain = name.lstrip("-").replace("-", "_")
+    if plain in RENAMED:
+        return tuple(RENAMED[plain].new.split("."))
+    homes = [home for home, schema in sections().items() if plain in schema["properties"]]
+    return (*homes[0], plain) if len(homes) == 1 and plain not in ANSWERED else None
 
 
 def _nearest(name: str, section: Keys) -> Keys | None:

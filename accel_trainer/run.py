@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,11 +20,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from accel_trainer import artifacts, checkpoint, hardware
 from accel_trainer.batching import smaller_budget
 from accel_trainer.classifier import Classifier
+from accel_trainer.differences import differences, flat, in_groups
 from accel_trainer.errors import OutOfMemory, RunFolderError, TrainingFailed, UserError
 from accel_trainer.feed import Feed, StepWork
-from accel_trainer.inputs import Inputs, differences, flat, mathematics
+from accel_trainer.inputs import Inputs, mathematics
 from accel_trainer.layout import choose_layout
-from accel_trainer.model import count_parameters, memory_needs
+from accel_trainer.memory import training_needs
+from accel_trainer.model import count_parameters
 from accel_trainer.optim import (
     build_optimizer,
     build_scheduler,
@@ -137,6 +140,19 @@ def prepare(
         packed = choose_layout(classifier, inputs.splits["train"], layout, accelerator.device)
     packed = all(gather_object([packed]))  # a trial could end differently on another machine
     longest = int(inputs.splits["train"].tokens.lengths.max())
+    needs = (0, 1)  # of no use where the command line gives the budget
+    if (
+        max_tokens_per_device is None
+    ):  # before it is prepared: a process of sharded weights could not try its model alone
+        needs = training_needs(
+            classifier,
+            recipe.training.optim,
+            longest,
+            packed=packed,
+            num_processes=accelerator.num_processes,
+            mixed_precision=accelerator.mixed_precision,
+        ).budget(longest)
+    max_tokens = hardware.tokens_per_device(accelerator, needs, max_tokens_per_device)
     groups = parameter_groups(inputs.model, recipe.training)
     optimizer = build_optimizer(groups, recipe.training, accelerator.device)
     # The schedule stays unprepared: Accelerate's wrapper would move it once per process and update.
@@ -162,11 +178,7 @@ def prepare(
             packed=packed,
             device=accelerator.device,
         ),
-        max_tokens=hardware.tokens_per_device(
-            accelerator,
-            memory_needs(inputs.model, longest, gradient_checkpointing=gradient_checkpointing),
-            max_tokens_per_device,
-        ),
+        max_tokens=max_tokens,
     )
 
 
@@ -187,6 +199,7 @@ def write_run_json(run: Run, origin: Origin | None = None) -> None:
     write_json(
         run.folder.run,
         {
+            "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "recipe": None if origin is None else origin.as_dict(),
             "hardware": facts,
             "layout": "packed" if run.packed else "padded",
@@ -348,7 +361,7 @@ def restore(run: Run, path: Path, allow_changed: Sequence[str], *, keep_token_bu
     """Continue from a checkpoint: weights, optimizer, schedule, scaler and state are those of the saved step.
 
     Raises:
-        RunFolderError: the checkpoint is damaged, or belongs to other mathematics than the recipe's.
+        RunFolderError: the checkpoint is damaged, or of another recipe or other data than the run's.
     """
     weights, tensors, saved = checkpoint.load_checkpoint(path)
     check_state(path, saved)
@@ -365,9 +378,8 @@ def restore(run: Run, path: Path, allow_changed: Sequence[str], *, keep_token_bu
         if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in allow_changed)
     ]
     if changed:
-        listed = "\n".join(f"  {key}: {before!r} in the checkpoint, {now!r} now" for key, before, now in changed)
         raise RunFolderError(
-            f"{path} was trained on other mathematics:\n{listed}\n"
+            f"{path} was trained otherwise:\n{in_groups(changed, 'in the checkpoint', 'now')}\n"
             "Restore these values, start afresh in another --output_dir, or name each with --allow_changed KEY"
         )
     shapes = {name: weight.shape for name, weight in run.inputs.model.state_dict().items()}
@@ -404,7 +416,7 @@ def continue_run(run: Run, path: Path | None, allow_changed: Sequence[str], *, k
         keep_token_budget: take the checkpoint's, because the command line gives none.
 
     Raises:
-        RunFolderError: the checkpoint is damaged, or belongs to other mathematics than the recipe's.
+        RunFolderError: the checkpoint is damaged, or of another recipe or other data than the run's.
     """
     complaints: list[str] = []
     if path is None:

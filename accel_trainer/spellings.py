@@ -130,6 +130,9 @@ ANSWERED_VALUES: dict[str, dict[str, Answered]] = {
         ),
         "greedy": Answered("a schedule here is a function of the step alone", "use linear or cosine"),
     },
+    "tracking.report_to": {
+        "all": Answered("what is installed differs between machines", "name the trackers, such as [tensorboard]"),
+    },
     "saving.save_strategy": {
         "best": Answered(
             "the best weights are kept at every evaluation anyway", "set save_strategy to no, steps or epoch"

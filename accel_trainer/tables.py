@@ -25,7 +25,7 @@ from accel_trainer.data_file import DAMAGE, DataFile, file_pieces, zip_member
 from accel_trainer.errors import DataError
 from accel_trainer.file_names import KNOWN, TEXT_FORMATS, extensions, redacted
 
-READER = 1  # goes into the key of prepared files: raise it when the same bytes shall give other rows
+READER = 2  # goes into the key of prepared files: raise it when the same bytes shall give other rows or be refused
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,13 @@ class Table:
     def place(self, row: int) -> str:
         """Where a row is found, as in `reviews.csv, row 17`.
 
-        Rows are counted from 0 within their file, header and blank lines left out, as `datasets` and pandas count.
+        Rows are counted from 1 within their file, as people count: the header and blank lines are no rows, and a cell of
+        three lines is in one.
         """
         assert 0 <= row < len(self.data), row
         for origin in self.origins:
             if row < origin.rows:
-                return f"{origin.name}, row {row}"
+                return f"{origin.name}, row {row + 1}"
             row -= origin.rows
         raise AssertionError("the origins name fewer rows than the table has")
 

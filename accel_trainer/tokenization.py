@@ -54,13 +54,14 @@ def load_tokenizer(
     """
     if section.train_tokenizer is not None:
         return train_word_pieces(section.train_tokenizer, list(training_texts))
-    name, key = (
-        (section.tokenizer, "model.tokenizer") if section.tokenizer else (section.checkpoint, "model.checkpoint")
+    name, revision, key = (
+        (section.tokenizer, section.tokenizer_revision, "model.tokenizer")
+        if section.tokenizer
+        else (section.checkpoint, section.revision, "model.checkpoint")
     )
-    revision = "main" if section.tokenizer else section.revision or "main"
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            name, revision=revision, trust_remote_code=trust_remote_code
+            name, revision=revision or "main", trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
         raise CannotLoad(key, name, error) from error

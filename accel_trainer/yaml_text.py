@@ -115,32 +115,38 @@ class _Reader:
         second = next(self.events)
         if not isinstance(second, yaml.StreamEndEvent):
             self.draft.fault(
-                (), "a second document starts here", "put every recipe in a file of its own", _line(second)
+                (), "a second document starts here", f"{self.draft.subject} is a file of its own", _line(second)
             )
         return value
 
     def node(self, keys: Keys, event: yaml.Event, line: int) -> Any:
         """The value that starts with `event`; `line` is that of its key."""
         if len(keys) > MAX_DEPTH:
-            self.draft.fault(keys[:2], f"nested more than {MAX_DEPTH} levels deep", "a recipe is flat", line)
+            self.draft.fault(
+                keys[:2], f"nested more than {MAX_DEPTH} levels deep", f"{self.draft.subject} is flat", line
+            )
             raise Unreadable
         self.values += 1
         if self.values > MAX_VALUES:
-            self.draft.fault(keys[:2], f"more than {MAX_VALUES} values", "give a recipe; data go in files", line)
+            self.draft.fault(
+                keys[:2], f"more than {MAX_VALUES} values", f"give {self.draft.subject}; data go in files", line
+            )
             raise Unreadable
         start, end = _extent(event)
         self.draft.place(keys, line, self.text[start:end])
         if isinstance(event, yaml.AliasEvent):
-            remedy = "a recipe is flat; write the value out, or in quotes if the * belongs to it"
+            remedy = f"{self.draft.subject} is flat; write the value out, or in quotes if the * belongs to it"
             self.draft.fault(keys, f"*{event.anchor} is an alias", remedy)
             return None
         assert isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent)
         if event.anchor is not None:
-            remedy = "a recipe is flat; write the value out, or in quotes if the & belongs to it"
+            remedy = f"{self.draft.subject} is flat; write the value out, or in quotes if the & belongs to it"
             self.draft.fault(keys, f"&{event.anchor} is an anchor", remedy)
         if event.tag is not None:
             self.draft.fault(
-                keys, f"{shown(event.tag)} is a tag", "a recipe is flat; write the plain value, or quote it"
+                keys,
+                f"{shown(event.tag)} is a tag",
+                f"{self.draft.subject} is flat; write the plain value, or quote it",
             )
         if isinstance(event, yaml.ScalarEvent):
             return self.scalar(keys, event)
@@ -185,10 +191,12 @@ class _Reader:
             self.draft.fault(keys, "a key must be text", "write one word, a colon and a space", line)
             return None
         if event.value == "<<" and event.style is None:
-            self.draft.fault(keys, "<< is a merge key", "a recipe is flat; write the values out", line)
+            self.draft.fault(keys, "<< is a merge key", f"{self.draft.subject} is flat; write the values out", line)
             return None
         if event.anchor is not None or event.tag is not None:
-            self.draft.fault(keys, "a key with an anchor or a tag", "a recipe is flat; write the plain key", line)
+            self.draft.fault(
+                keys, "a key with an anchor or a tag", f"{self.draft.subject} is flat; write the plain key", line
+            )
             return None
         if not isinstance(self.scalar((*keys, event.value), event), str):
             what = f"the key {shown(event.value)} is not text" if event.value else "a key is missing"

@@ -78,8 +78,8 @@ def test_slices_of_several_files_are_joined(tmp_path, rows):
     assert contents(data, "train") == rows[:40] + rows[90:]
     assert contents(data, "validation") == rows[50:80]
     assert contents(data, "test") == rows[40:50]
-    assert data.roles["train"].place(0) == f"{files['train']}, row 0"
-    assert data.roles["train"].place(40) == f"{files['test']}, row 40"
+    assert data.roles["train"].place(0) == f"{files['train']}, row 1"
+    assert data.roles["train"].place(40) == f"{files['test']}, row 41"
 
 
 def test_the_file_is_shuffled_before_it_is_sliced(tmp_path, rows):
@@ -105,7 +105,7 @@ def test_each_split_of_a_join_is_shuffled_by_itself(tmp_path, rows):
     data = load(splits={"train": "train[:5]+more[:5]", "test": "train[5:]"}, data_files=files, shuffle_seed=3)
     drawn = order.shuffled(50, 3)
     assert contents(data, "train") == [rows[i] for i in drawn[:5]] + [rows[50 + i] for i in drawn[:5]]
-    assert data.roles["train"].place(5) == f"{files['more']}, row {drawn[0]}"
+    assert data.roles["train"].place(5) == f"{files['more']}, row {drawn[0] + 1}"
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_places_follow_the_rows_through_shuffle_and_cap(file, rows):
     data = load(file, {"train": "train[10:90]"}, shuffle_seed=5, max_train_samples=30)
     texts = [text for text, _ in rows]
     for i, (text, _) in enumerate(contents(data, "train")):
-        assert data.roles["train"].place(i) == f"{file}, row {texts.index(text)}"
+        assert data.roles["train"].place(i) == f"{file}, row {texts.index(text) + 1}"
 
 
 # What may not be ---------------------------------------------------------------------------------------------------
@@ -163,13 +163,13 @@ def test_places_follow_the_rows_through_shuffle_and_cap(file, rows):
 @pytest.mark.parametrize(
     ("splits", "said"),
     [
-        ({"train": "train[:60]", "test": "train[59:]"}, "test and train share rows 59 to 59 of 'train'"),
-        ({"train": "train", "test": "train[10:20]"}, "test and train share rows 10 to 19"),
+        ({"train": "train[:60]", "test": "train[59:]"}, "test and train share train[59:60];"),
+        ({"train": "train", "test": "train[10:20]"}, "test and train share train[10:20];"),
         (
             {"train": "train[:50]", "validation": "train[50:]", "test": "train[-1:]"},
-            "test and validation share rows 99",
+            "test and validation share train[99:100];",
         ),
-        ({"train": "train[:10]+train[5:20]"}, "train and train share rows 5 to 9"),
+        ({"train": "train[:10]+train[5:20]"}, "train and train share train[5:10];"),
     ],
 )
 def test_overlapping_slices_are_refused(file, splits, said):
@@ -261,23 +261,23 @@ def test_a_row_without_text_is_named(tmp_path, rows, blank):
     rows[75] = (blank, "positive")
     file = write_csv(tmp_path / "reviews.csv", rows)
     message = refused(file, {"train": "train[:60]", "validation": "train[60:]"}, shuffle_seed=None)
-    assert f"{file}, row 70 and 1 more row: column 'text' holds no text" in message
+    assert f"{file}, row 71 and 1 more row: column 'text' holds no text" in message
     load(file, {"train": "train[:60]", "validation": "train[80:]"})
 
 
 def test_a_null_text_and_a_text_that_is_none_are_named(tmp_path):
     file = tmp_path / "reviews.parquet"
     pq.write_table(pa.table({"text": ["a", None, "c"], "label": [0, 1, 0], "other": ["x", "", "y"]}), file)
-    assert f"{file}, row 1: column 'text' holds no text" in refused(file)
-    assert f"{file}, row 1: column 'other' holds no text" in refused(file, text_column="other")
+    assert f"{file}, row 2: column 'text' holds no text" in refused(file)
+    assert f"{file}, row 2: column 'other' holds no text" in refused(file, text_column="other")
     message = refused(file, text_column="label")
-    assert f"{file}, row 0: column 'label' holds int, not text" in message
+    assert f"{file}, row 1: column 'label' holds int, not text" in message
     assert "dataset.text_column" in message
 
 
 def test_a_row_without_second_text_is_named(tmp_path):
     file = write_csv(tmp_path / "p.csv", [("a", "b", 0), ("c", " ", 1)], ("text", "other", "label"))
-    assert f"{file}, row 1: column 'other' holds no text" in refused(file, text_pair_column="other")
+    assert f"{file}, row 2: column 'other' holds no text" in refused(file, text_pair_column="other")
 
 
 def test_pairs_come_as_pairs(tmp_path):
@@ -321,6 +321,16 @@ def test_abbreviated_labels_are_read_and_told(tmp_path, rows):
     assert "pos → POSITIVE" in data.notes[0]
 
 
+def test_stray_classes_are_named_where_they_are_inferred(tmp_path, rows):
+    stray = [("one", "postive"), ("two", "Negative"), ("three", "Negative")]
+    file = write_csv(tmp_path / "r.csv", [*rows, *stray])
+    notes = load(file).notes
+    assert ["few rows of 'Negative' (2 rows), 'postive' (1 row)" in note for note in notes] == [True, False]
+    assert ["'Negative' and 'negative'" in note for note in notes] == [False, True]
+    assert all("dataset.labels" in note for note in notes)
+    assert load(file, labels=["negative", "positive", "Negative", "postive"]).notes == []
+
+
 def test_a_mapping_joins_values(tmp_path):
     file = write_csv(tmp_path / "r.csv", [(f"text {i}", i % 5 + 1) for i in range(20)])
     mapping = {"1": "bad", "2": "bad", "3": "fair", "4": "good", "5": "good"}
@@ -336,7 +346,7 @@ def test_an_unknown_label_is_named_with_file_and_row(file, tmp_path, rows):
     rows[90] = (rows[90][0], "postive")
     file = write_csv(tmp_path / "r.csv", rows)
     message = refused(file, {"train": "train[:50]", "test": "train[50:]"})
-    assert f"{file}, row 90: label 'postive' is none of negative, positive (did you mean 'positive'?)" in message
+    assert f"{file}, row 91: label 'postive' is none of negative, positive (did you mean 'positive'?)" in message
 
 
 def test_classes_come_from_the_training_rows(tmp_path, rows):
@@ -346,7 +356,7 @@ def test_classes_come_from_the_training_rows(tmp_path, rows):
     }
     assert load(splits={"train": "train", "test": "test"}, data_files=files).label_names == NAMES
     write_csv(tmp_path / "b.csv", [("one more", "mixed")])
-    assert "b.csv, row 0: label 'mixed'" in refused(splits={"train": "train", "test": "test"}, data_files=files)
+    assert "b.csv, row 1: label 'mixed'" in refused(splits={"train": "train", "test": "test"}, data_files=files)
 
 
 def test_the_data_name_their_classes(tmp_path):
@@ -382,7 +392,7 @@ def test_a_test_split_may_be_wholly_unlabelled(tmp_path, rows):
         assert ["100 rows have no labels" in note for note in data.notes] == [True]
     partly = write_csv(tmp_path / "b.csv", [*reviews(9, seed=1), ("hidden", -1)])
     message = refused(splits={"train": "train", "test": "test"}, data_files={"train": train, "test": str(partly)})
-    assert f"{partly}, row 9: 1 of 10 test rows have no label" in message
+    assert f"{partly}, row 10: 1 of 10 test rows have no label" in message
     message = refused(splits={"train": "train", "validation": "test"}, data_files={"train": train, "test": bare})
     assert "c.csv has no column 'label'" in message
 
@@ -390,7 +400,7 @@ def test_a_test_split_may_be_wholly_unlabelled(tmp_path, rows):
 def test_training_rows_of_which_none_has_a_label(tmp_path):
     file = write_csv(tmp_path / "r.csv", [*((f"text {i}", -1) for i in range(8)), ("good", "positive")])
     message = refused(file, {"train": "train[:8]", "test": "train[8:]"})
-    assert f"{file}, row 0: none of the 8 train rows has a label" in message
+    assert f"{file}, row 1: none of the 8 train rows has a label" in message
 
 
 @pytest.mark.parametrize("nothing", ["-1", ""])
@@ -400,7 +410,7 @@ def test_rows_to_learn_or_choose_from_need_labels(tmp_path, rows, nothing, role)
     rows[place] = (rows[place][0], nothing)
     file = write_csv(tmp_path / "r.csv", rows)
     message = refused(file, {"train": "train[:60]", "validation": "train[60:]"})
-    assert f"{file}, row {place}: 1 of {60 if role == 'train' else 40} {role} rows have no label" in message
+    assert f"{file}, row {place + 1}: 1 of {60 if role == 'train' else 40} {role} rows have no label" in message
 
 
 def test_one_class_is_refused_where_it_can_be_judged(tmp_path, rows):

@@ -190,15 +190,26 @@ FAULTS = {  # name: file, content, what the message holds
     "empty gz": ("a.csv.gz", gzip.compress(b""), ["empty", "leave it out"]),
     "blank csv": ("a.csv", "\n\n", ["no header", "name the columns"]),
     "header only": ("a.csv", "text,label\n", ["line 1", "nothing follows", "add rows"]),
-    "not decodable": ("a.csv", b"text\n" + b"caf\xe9\xff\n", ["byte 8", "not UTF-8", "dataset.encoding: latin-1"]),
-    "not decodable after mark": ("a.csv", b"\xef\xbb\xbftext\n\xff", ["byte 8", "dataset.encoding"]),
-    "not decodable far on": ("a.txt", FAR + b"\xff", [f"byte {2**20 + 2}", "dataset.encoding"]),
-    "utf-16": ("a.csv", GOOD.encode("utf-16"), ["byte 0", "dataset.encoding: utf-16"]),
+    "not decodable": ("a.csv", b"text\n" + b"caf\xe9\xff\n", ["line 2", "byte 8", "not UTF-8", "no gb18030", "dataset.encoding", "cp1252"]),
+    "not decodable after mark": ("a.csv", b"\xef\xbb\xbftext\n\xff", ["line 2", "byte 8", "dataset.encoding"]),
+    "not decodable far on": ("a.txt", FAR + b"\xff", ["line 1", f"byte {2**20 + 2}", "dataset.encoding"]),
+    "utf-16": ("a.csv", GOOD.encode("utf-16"), ["UTF-16", "dataset.encoding: utf-16"]),
+    "two encodings": (
+        "a.csv",
+        "text\n很好吃\n太慢了\n".encode() + "很差\n凉了\n".encode("gb18030"),
+        ["line 4", "2 of its 4 lines beyond ASCII are not UTF-8", "mixed", "as UTF-8"],
+    ),
+    "letters with accents alone": ("a.csv", "text\nétés\n".encode("latin-1"), ["line 2", "cp1252"]),
+    "Big5": ("a.csv", "text\n這家餐廳的服務非常好\n".encode("cp950"), ["Big5", "cp950", "else `dataset.encoding: gb18030`"]),
+    "semicolons": ("a.csv", "text;label\nHello, you;1\n", ["line 1", "separated by ';'", "sep=';'"]),
+    "tabs in a csv": ("a.csv", "text\tlabel\na\t1\n", ["line 1", "separated by '\\t'", "end its name in .tsv"]),
+    "commas in a tsv": ("a.tsv", "text,label\na,1\n", ["line 1", "separated by ','", "end its name in .csv"]),
+    "bars": ("a.tsv.gz", gzip.compress(b"text|label\na|1\n"), ["line 1", "separated by '|'", "sep='|'"]),
     "broken line": ("a.jsonl", '{"text": "a"}\n\n{"text": \n', ["line 3", "not JSON", "one record per line"]),
     "broken list": ("a.json", '[{"text": "a"},\n{"text" "b"}]', ["line 2", "not JSON", "list of records"]),
     "dictionary over lines": ("a.json", '{\n"text": ["a"]\n}', ["line 1", "not JSON", "list of records"]),
     "no record": ("a.jsonl", '{"text": "a"}\n"b"\n', ["line 2", "no record", "write {"]),
-    "no record in a list": ("a.json", '[{"text": "a"}, 3]', ["row 1", "no record", "write {"]),
+    "no record in a list": ("a.json", '[{"text": "a"}, 3]', ["row 2", "no record", "write {"]),
     "empty list": ("a.json", "[]", ["no records", "add rows"]),
     "mixed types": ("a.jsonl", '{"label": 1}\n{"label": "b"}\n', ["line 2", "'label'", "one type"]),
     "mixed types far apart": (
@@ -249,3 +260,20 @@ def test_encodings_that_are_wrong(tmp_path):
     for wrong in ("no-such", "hex"):
         with pytest.raises(DataError, match=f"'{wrong}' is no text encoding; write one"):
             read_files([tmp_path / "a.csv"], wrong)
+
+
+@pytest.mark.parametrize("text", ["這家餐廳的服務非常好，食物很新鮮", "很快，好吃，味道足，量大", "café, 很好"])
+def test_gb18030_is_not_taken_for_big5_or_latin(tmp_path, text):
+    (tmp_path / "a.txt").write_bytes(text.encode("gb18030"))
+    assert read_files([tmp_path / "a.txt"]).data["text"][:] == [text]
+
+
+def test_big5_is_read_where_it_is_named(tmp_path):
+    (tmp_path / "a.txt").write_bytes("這家餐廳的服務非常好".encode("cp950"))
+    assert read_files([tmp_path / "a.txt"], "cp950").data["text"][:] == ["這家餐廳的服務非常好"]
+
+
+@pytest.mark.parametrize("header", ["text", "text;", ";text", "C|"])
+def test_one_column_is_one_column(tmp_path, header):
+    (tmp_path / "a.csv").write_text(f"{header}\na;b\n")
+    assert read_files([tmp_path / "a.csv"]).data.to_list() == [{header: "a;b"}]

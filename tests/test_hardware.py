@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from harness import OneOfMany, alone_on_the_cpu
 
 from accel_trainer import hardware
+from accel_trainer.accelerate_keys import REFUSED
 from accel_trainer.errors import DataError, HardwareError, ProcessLost, UserError
 
 
@@ -51,7 +53,7 @@ def test_ddp_does_not_broadcast_buffers() -> None:
     assert accelerator.step_scheduler_with_optimizer is False
 
 
-@pytest.mark.parametrize("kind", list(hardware.REFUSED))
+@pytest.mark.parametrize("kind", map(DistributedType, REFUSED))
 def test_what_owns_the_step_is_refused(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = SimpleNamespace(num_processes=1, distributed_type=kind, log_with=[])
     monkeypatch.setattr(hardware, "Accelerator", lambda **_: fake)

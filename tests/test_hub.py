@@ -12,48 +12,18 @@ import huggingface_hub
 import pytest
 import yaml
 from harness import start
-from support import reviews, tiny_recipe, write_csv
-from transformers import BertConfig, BertModel
+from hub_cache import COMMIT, snapshot, write_checkpoint, write_dataset
+from support import tiny_recipe
 
 from accel_trainer.hub import is_on_hub, use_cache_if_unreachable
-from accel_trainer.recipe import TokenizerTraining
-from accel_trainer.tokenization import train_word_pieces
-
-COMMIT = {"model": "a" * 40, "dataset": "b" * 40}
-
-
-def snapshot(cache: Path, kind: str, repository: str) -> Path:
-    """An empty snapshot of `main` in a Hub cache; files go into it."""
-    home = cache / "hub" / f"{kind}s--{repository.replace('/', '--')}"
-    (home / "refs").mkdir(parents=True)
-    (home / "refs" / "main").write_text(COMMIT[kind], encoding="utf-8")
-    folder = home / "snapshots" / COMMIT[kind]
-    folder.mkdir(parents=True)
-    return folder
 
 
 def test_hub_ids_train_from_a_cache_and_are_pinned(tmp_path: Path) -> None:
     home = tmp_path / "hf-home"
     data = snapshot(home, "dataset", "team/reviews")
-    write_csv(data / "train.csv", reviews(60))
-    write_csv(data / "validation.csv", reviews(20, seed=1))
-    (data / "README.md").write_text(
-        "---\nconfigs:\n- config_name: food\n  data_files:\n  - split: train\n    path: train.csv\n"
-        "  - split: validation\n    path: validation.csv\n---\n",
-        encoding="utf-8",
-    )
+    write_dataset(data)
     checkpoint = snapshot(home, "model", "team/tiny-bert")
-    tokenizer = train_word_pieces(TokenizerTraining(vocab_size=200), [text for text, _ in reviews(60)])
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=32,
-    )
-    BertModel(config).save_pretrained(checkpoint)
-    tokenizer.save_pretrained(checkpoint)
+    write_checkpoint(checkpoint)
 
     values = tiny_recipe(tmp_path)
     values["dataset"] = {
@@ -78,9 +48,18 @@ def test_hub_ids_train_from_a_cache_and_are_pinned(tmp_path: Path) -> None:
     assert pinned["dataset"]["revision"] == COMMIT["dataset"]
     assert pinned["model"]["checkpoint"] == "team/tiny-bert"
     assert pinned["model"]["revision"] == COMMIT["model"]
+    files = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert pinned["model"]["sha256"].keys() == files
 
+    locked = start([sys.executable, "-m", "accel_trainer.cli", "lock", "hub.yaml"], tmp_path, HF_HOME=str(home))
+    assert locked.code == 0, locked.err
+    values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    for section, key in (("model", "revision"), ("model", "sha256"), ("dataset", "revision"), ("dataset", "sha256")):
+        assert values[section][key] == pinned[section][key]
+
+    # The run's own recipe, while nobody answers.
     down = start(
-        [sys.executable, "-m", "accel_trainer.train", str(recipe), "--output_dir", "down"],
+        [sys.executable, "-m", "accel_trainer.train", "run/recipe.yaml", "--output_dir", "down"],
         tmp_path,
         HF_HOME=str(home),
         ACCELERATE_USE_CPU="true",
@@ -90,6 +69,7 @@ def test_hub_ids_train_from_a_cache_and_are_pinned(tmp_path: Path) -> None:
     assert down.code == 0, down.err
     for name in ("metrics.jsonl", "model/model.safetensors"):
         assert (tmp_path / "down" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+    assert yaml.safe_load((tmp_path / "down" / "recipe.yaml").read_text(encoding="utf-8")) == pinned
 
     missing = start(
         [

@@ -69,13 +69,13 @@ def test_hub_caches_offline(tmp_path):
     hub_cache(home)
     prepared_cache(home, tmp_path)
     cases = [
-        ({"path": "org/reviews", "name": "first"}, [["new first"], NEW, "org/reviews train, row 0"]),
-        ({"path": "org/reviews", "name": "second"}, [["new second"], NEW, "org/reviews train, row 0"]),
-        ({"path": "org/reviews", "name": "first", "revision": "v1"}, [["old first"], OLD, "org/reviews train, row 0"]),
-        ({"path": f"hf://datasets/org/reviews@{OLD}", "name": "first"}, [["old first"], OLD, "org/reviews train, row 0"]),
-        ({"path": "org/reviews", "data_files": "second.parquet"}, [["new second"], NEW, "org/reviews train, row 0"]),
-        ({"path": "org/prepared"}, [["whole"], OLD, "org/prepared train, row 0"]),
-        ({"path": "org/prepared", "revision": OLD}, [["whole"], OLD, "org/prepared train, row 0"]),
+        ({"path": "org/reviews", "name": "first"}, [["new first"], NEW, "org/reviews train, row 1"]),
+        ({"path": "org/reviews", "name": "second"}, [["new second"], NEW, "org/reviews train, row 1"]),
+        ({"path": "org/reviews", "name": "first", "revision": "v1"}, [["old first"], OLD, "org/reviews train, row 1"]),
+        ({"path": f"hf://datasets/org/reviews@{OLD}", "name": "first"}, [["old first"], OLD, "org/reviews train, row 1"]),
+        ({"path": "org/reviews", "data_files": "second.parquet"}, [["new second"], NEW, "org/reviews train, row 1"]),
+        ({"path": "org/prepared"}, [["whole"], OLD, "org/prepared train, row 1"]),
+        ({"path": "org/prepared", "revision": OLD}, [["whole"], OLD, "org/prepared train, row 1"]),
         ({"path": "org/prepared", "revision": NEW}, ["revision " + OLD, NEW, "connect once"]),
         ({"path": "org/prepared", "name": "other"}, ["org/prepared", "default"]),
         ({"path": "org/reviews", "name": "third"}, ["['first', 'second']", "`dataset.name`"]),

@@ -12,9 +12,10 @@ import pytest
 from harness import alone_on_the_cpu, write_recipe_in
 
 from accel_trainer import inputs as module
+from accel_trainer.differences import differences
 from accel_trainer.errors import UserError
 from accel_trainer.hardware import start_accelerator
-from accel_trainer.inputs import Inputs, check_metrics, differences, mathematics, read_inputs, read_inputs_together
+from accel_trainer.inputs import Inputs, check_metrics, mathematics, read_inputs, read_inputs_together
 from accel_trainer.recipe import Recipe
 from accel_trainer.recipe_file import load_recipe
 

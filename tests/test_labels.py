@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from accel_trainer.errors import DataError
-from accel_trainer.labels import canonical, infer_names, is_unlabelled, label_ids
+from accel_trainer.labels import canonical, infer_names, is_unlabelled, label_ids, rare_classes, same_spelling
 
 SENTIMENT = ["NEGATIVE", "POSITIVE"]
 
@@ -211,3 +211,30 @@ def test_many_classes_are_fine_where_rows_repeat_them():
     with pytest.raises(DataError):
         infer_names([f"class {i % 1001}" for i in range(5000)], "label")
     assert len(infer_names([f"rare {i}" for i in range(50)], "label")) == 50
+
+
+@pytest.mark.parametrize("values", [[1, 2, 1], ["2", "1"], [2.0]])
+def test_labels_counted_from_one_are_told_apart(values):
+    message = refused(values)
+    assert "counted from 1" in message
+    assert "set dataset.labels: {1: NEGATIVE, 2: POSITIVE}" in message
+    assert label_ids(values, SENTIMENT, {"1": "NEGATIVE", "2": "POSITIVE"}, place)[0].max() == 1
+
+
+@pytest.mark.parametrize("values", [[0, 2], [1, 3], [1, 2, "meh"]])
+def test_other_unknown_labels_are_not_said_to_count_from_one(values):
+    assert "counted from 1" not in refused(values)
+
+
+@pytest.mark.parametrize(
+    ("counts", "rare"),
+    [([500, 480, 1], [2]), ([2, 300], [0]), ([3, 300], []), ([2, 19], []), ([2, 20], [0]), ([2, 2, 0, 40], [0, 1]), ([1] * 19 + [20], [*range(19)]), ([1] * 20 + [20], []), ([0, 90], [])],
+)  # fmt: skip
+def test_classes_of_a_row_or_two(counts, rare):
+    assert rare_classes(counts) == rare
+
+
+def test_names_that_only_their_spelling_keeps_apart():
+    names = ["Positive", "positive", "very good", "very_good", "ＡＢ", "ab", "C", "C++", "-1", "1", "好", "好评"]
+    assert same_spelling(names) == [("Positive", "positive"), ("very good", "very_good"), ("ＡＢ", "ab")]
+    assert same_spelling(["a", "b", "1", "2"]) == []

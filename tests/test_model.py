@@ -20,13 +20,11 @@ from transformers import (
 
 from accel_trainer.errors import UserError
 from accel_trainer.model import (
-    MemoryNeeds,
     build_model,
     count_parameters,
     encoder_layers,
     layer_depths,
     load_config,
-    memory_needs,
     weights_sha256,
 )
 from accel_trainer.recipe import ModelSection, TokenizerTraining
@@ -153,21 +151,6 @@ def test_freezing_layers(family: str, tokenizer: PreTrainedTokenizerBase) -> Non
     counts = count_parameters(model)
     assert counts["total"] == sum(p.numel() for p in model.parameters())
     assert counts["trainable"] == sum(p.numel() for n, p in model.named_parameters() if depths[n] >= 2)
-
-
-def test_memory_needs_grow_with_what_is_kept(tokenizer: PreTrainedTokenizerBase) -> None:
-    def needs(longest: int = 16, *, checkpointed: bool = False, **settings: Any) -> MemoryNeeds:
-        model = build(section_of("bert", **settings), tokenizer)
-        return memory_needs(model, longest, gradient_checkpointing=checkpointed)
-
-    plain = needs(attention_dropout=0.0)
-    counts = count_parameters(build(section_of("bert"), tokenizer))
-    assert plain.weights_bytes == 16 * counts["total"]
-    assert needs(freeze_layers=1).weights_bytes < plain.weights_bytes
-    assert plain.bytes_per_token == needs(512, attention_dropout=0.0).bytes_per_token
-    dropping = needs(512, attention_dropout=0.1)
-    assert dropping.bytes_per_token == plain.bytes_per_token + 2 * 9 * 2 * 512  # layers, bytes, heads, tokens looked at
-    assert needs(checkpointed=True, attention_dropout=0.0).bytes_per_token < plain.bytes_per_token
 
 
 @pytest.mark.parametrize("family", FAMILIES)

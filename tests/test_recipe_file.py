@@ -185,7 +185,7 @@ OVERRIDES = [
     ("training..seed=3", "", "an override needs a key"),
     ("trainng.seed=3", "trainng", "did you mean `training`?"),
     ("training.sed=3", "training.sed", "did you mean `seed`?"),
-    ("seed=3", "seed", "it belongs in `training`"),
+    ("seed=3", "seed", "write training.seed=3"),
     ("training.seed.x=3", "training.seed.x", "training.seed holds one value"),
     ("training.seed=fast", "training.seed", "'fast' is not a whole number"),
     ("training.learning_rate=", "training.learning_rate", "nothing is not a number"),
@@ -284,7 +284,8 @@ def test_nothing_is_set_below_a_value_of_the_file() -> None:
 
 
 def fault_calls() -> Iterator[tuple[str, int, int]]:
-    for module in Path(recipe_file.__file__).parent.glob("*.py"):
+    beyond = {"accelerate_config.py", "on_disk.py", "checking.py"}  # what is no part of reading: test_checking has all
+    for module in (path for path in Path(recipe_file.__file__).parent.glob("*.py") if path.name not in beyond):
         for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "fault":
                 yield module.name, node.lineno, node.end_lineno or node.lineno
@@ -419,11 +420,26 @@ plain = st.recursive(scalars, lambda below: st.lists(below, max_size=3) | st.dic
 rates = st.floats(1e-12, 1e12)
 
 
+results = st.fixed_dictionaries(
+    {
+        "date": st.dates().map(str),
+        "step": st.integers(0, 10**9),
+        "metrics": st.dictionaries(words, st.dictionaries(words, st.floats(-1, 1), max_size=2), max_size=2),
+        "hardware": words,
+        "versions": st.dictionaries(words, words, max_size=2),
+    },
+    optional={"tolerance": st.floats(0, 1), "duration": st.none() | rates},
+)
+
+
 @st.composite
 def recipes(draw: st.DrawFn) -> Recipe:
     new = draw(st.booleans())
     values: dict[str, Any] = {
         "description": draw(words),
+        "source": draw(st.none() | words),
+        "derived_from": draw(st.none() | words),
+        "results": draw(st.lists(results, max_size=2)),
         "dataset": {
             "path": "org/data",
             "name": draw(st.none() | words),
@@ -443,7 +459,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
             "num_train_epochs": draw(rates),
             "learning_rate": draw(rates),
             "lr_scheduler_type": "warmup_stable_decay",
-            "lr_scheduler_kwargs": draw(st.fixed_dictionaries({"num_decay_steps": rates | st.integers()}, optional={"decay_type": st.sampled_from(CURVES)})),
+            "lr_scheduler_kwargs": draw(st.fixed_dictionaries({"num_decay_steps": st.integers(0, 10**6)}, optional={"decay_type": st.sampled_from(CURVES)})),
             "warmup_steps": draw(st.floats(0, 0.99) | st.integers(0, 99)),
         },
         "tracking": {"project_name": draw(words), "report_to": draw(st.lists(st.sampled_from(["tensorboard", "mlflow", "wandb"])))},
@@ -456,7 +472,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
 def test_what_is_written_loads_back(recipe: Recipe, header: str) -> None:
     text = to_yaml(recipe, "".join(character for character in header if character.isprintable()))
     assert parse_recipe(text.encode(), "r") == recipe
-    assert list(yaml.safe_load(text)) == list(Recipe.model_fields)
+    assert list(yaml.safe_load(text)) == [name for name, value in recipe if value not in (None, [])]
     assert yaml.safe_load(text)["training"]["learning_rate"] == recipe.training.learning_rate
 
 

@@ -3,39 +3,148 @@
 from __future__ import annotations
 
 import csv
+import os
+import random
 import re
-from pathlib import Path
+import subprocess
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
 
+import datasets
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from harness import ROOT, run_trainer
+from harness import FAMILIES, ROOT, run_trainer
 from support import reviews, write_csv
 
+from accel_trainer.library import schema_address
+from accel_trainer.recipe import Recipe
 from accel_trainer.recipe_file import load_recipe
 
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+RECIPES = {
+    path.relative_to(ROOT / "recipes").with_suffix("").as_posix(): path
+    for path in sorted((ROOT / "recipes").rglob("*.yaml"))
+}
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+MODELINE = "# yaml-language-server: $schema="
+
+
+@dataclass(frozen=True)
+class Published:
+    """A dataset as its publisher describes it; what is like this fits the recipe, so the recipe fits what is published."""
+
+    texts: str  # columns
+    splits: str = "train validation test"
+    label: str = "label"
+    classes: int = 2
+    typed: str = "ClassLabel"  # ids with names; or int64; or text
+    names: str = ""  # in the cells, where they are text
+    hidden: str = ""  # the split whose labels are all -1
+
+
+PUBLISHED = {
+    "nyu-mll/glue cola": Published("sentence", hidden="test"),
+    "nyu-mll/glue mnli": Published(
+        "premise hypothesis",
+        "train validation_matched validation_mismatched test_matched test_mismatched",
+        classes=3,
+        hidden="test_matched",
+    ),
+    "nyu-mll/glue mrpc": Published("sentence1 sentence2"),
+    "nyu-mll/glue qnli": Published("question sentence", hidden="test"),
+    "nyu-mll/glue rte": Published("sentence1 sentence2", hidden="test"),
+    "nyu-mll/glue sst2": Published("sentence", hidden="test"),
+    "stanfordnlp/imdb": Published("text", "train test unsupervised", hidden="unsupervised"),
+    "fancyzhx/ag_news": Published("text", "train test", classes=4),
+    "cornell-movie-review-data/rotten_tomatoes": Published("text"),
+    "dair-ai/emotion split": Published("text", classes=6),
+    "clinc/clinc_oos plus": Published("text", label="intent", classes=151),
+    "papluca/language-identification": Published(
+        "text",
+        label="labels",
+        classes=20,
+        typed="text",
+        names="ar bg de el en es fr hi it ja nl pl pt ru sw th tr ur vi zh",
+    ),
+    "lansinuote/ChnSentiCorp": Published("text", typed="int64"),
+    "C-MTEB/LCQMC": Published("sentence1 sentence2", label="score", typed="int64"),
+    "C-MTEB/OnlineShopping-classification": Published("text", "train test", typed="int64"),
+    "clue/clue afqmc": Published("sentence1 sentence2", hidden="test"),
+    "clue/clue iflytek": Published("sentence", classes=119, hidden="test"),
+    "clue/clue tnews": Published("sentence", classes=15, hidden="test"),
+    "banking_data": Published("text", "train test", "category", 77, "text", " ".join(f"intent_{i}" for i in range(77))),
+    "waimai_10k": Published("review", "train", typed="text", names="0 1"),
+}
+CHECKPOINTS = {
+    "FacebookAI/roberta-base": "roberta",
+    "FacebookAI/xlm-roberta-base": "xlm-roberta",
+    "albert/albert-base-v2": "albert",
+    "answerdotai/ModernBERT-base": "modernbert",
+    "distilbert/distilbert-base-uncased": "distilbert",
+    "google-bert/bert-base-cased": "bert",
+    "google-bert/bert-base-chinese": "bert",
+    "google-bert/bert-base-uncased": "bert",
+    "google-bert/bert-large-uncased": "bert",
+    "google/electra-base-discriminator": "electra",
+    "google/electra-small-discriminator": "electra",
+    "hfl/chinese-macbert-base": "bert",
+    "hfl/chinese-roberta-wwm-ext": "bert",
+}
+ROWS = 400  # of each split: so many that the smallest slice, 2.5 %, has both classes
+
+
+def published(recipe: Recipe) -> str | None:
+    """Key in PUBLISHED of a recipe's data; None where they ship with it."""
+    dataset = recipe.dataset
+    if dataset.path is None or "://" in dataset.path or Path(dataset.path).is_absolute():
+        named = f"{dataset.path} {dataset.data_files}"
+        return next((key for key in PUBLISHED if f"/{key}/" in named), None)
+    return " ".join(filter(None, (dataset.path, dataset.name)))
 
 
 def test_the_lists_are_complete() -> None:
-    names = {path.relative_to(ROOT / "recipes").with_suffix("").as_posix() for path in RECIPES}
-    assert names == {
-        "quickstart",
-        "food_reviews/bert-base-chinese",
-        "imdb/bert-base-uncased",
-        "imdb/distilbert",
-        "sst2/bert-base-uncased",
-        "sst2/bert-large-uncased",
-        "sst2/distilbert",
+    assert len(RECIPES) >= 25
+    tasks = {name.partition("/")[0] for name in RECIPES}
+    assert tasks == {
+        *("quickstart", "imdb", "sst2", "rotten_tomatoes", "emotion", "ag_news", "banking77", "clinc_oos"),
+        *("cola", "mnli", "mrpc", "qnli", "rte", "language_identification"),
+        *("food_reviews", "waimai", "online_shopping", "chnsenticorp", "tnews", "iflytek", "afqmc", "lcqmc"),
     }
+    recipes = [load_recipe(path) for path in RECIPES.values()]
+    assert {recipe.model.checkpoint for recipe in recipes} == {*CHECKPOINTS, None}
+    assert set(CHECKPOINTS.values()) == set(FAMILIES)
+    assert {published(recipe) for recipe in recipes} == {*PUBLISHED, None}
     assert {path.stem for path in CONFIGS} == {"cpu", "multi_cpu", "single_gpu", "multi_gpu"}
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipe_has_no_mistakes_and_its_header_names_its_own_command(path: Path) -> None:
-    assert load_recipe(path).description
-    assert str(path.relative_to(ROOT)) in path.read_text(encoding="utf-8").split("\ndescription:")[0]
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_tells_what_it_is(name: str) -> None:
+    path = RECIPES[name]
+    recipe, lines = load_recipe(path), path.read_text(encoding="utf-8").splitlines()
+    header = lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
+    assert recipe.description
+    assert recipe.source or name == "quickstart"
+    assert header[0] == MODELINE + schema_address(path)
+    assert any(re.search(rf" -m accel_trainer\.train recipes/{name}\.yaml( |$)", line) for line in header)
+    assert recipe.evaluates
+    assert recipe.evaluation.metric_for_best_model in recipe.evaluation.metrics
+
+
+def test_editors_find_the_schema_in_a_checkout_and_in_a_wheel(tmp_path: Path) -> None:
+    pytest.importorskip("hatchling")
+    schema = (ROOT / "accel_trainer" / "recipe.schema.json").read_bytes()
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        for name, path in RECIPES.items():
+            address = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix(MODELINE)
+            assert (path.parent / address).read_bytes() == schema
+            inside = PurePosixPath("accel_trainer/recipes", f"{name}.yaml")
+            assert wheel.read(inside.as_posix()) == path.read_bytes()
+            assert wheel.read(os.path.normpath(inside.parent / address)) == schema
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -46,55 +155,113 @@ def test_accelerate_takes_the_config_and_the_comment_says_how(path: Path) -> Non
     assert "mixed_precision" in yaml.safe_load(text)
 
 
-@pytest.mark.parametrize("path", [path for path in RECIPES if path.stem != "quickstart"], ids=lambda path: path.stem)
-def test_tutorial_recipe_runs_with_path_and_checkpoint_replaced(path: Path, tmp_path: Path, checkpoint: Path) -> None:
-    recipe = load_recipe(path)
-    columns = recipe.dataset.text_column, recipe.dataset.label_column
-    rows = [(text, int(label == "positive")) for text, label in reviews(400)]
-    if isinstance(recipe.dataset.splits.train, str):
-        data = tmp_path / "data"
-        data.mkdir()
-        # 80 rows instead of 10,000, so that slices of the recipe's splits are given anew where they count rows.
-        for split in ("train", "validation", "test"):
-            write_csv(data / f"{split}.csv", rows, columns)
-        replaced = ["dataset.name=null"] if recipe.dataset.name else []
-        if path.stem == "distilbert" and path.parent.name == "imdb":
-            replaced += ["dataset.splits.train=train[:320]", "dataset.splits.validation=train[320:]"]
-    else:
-        data, replaced = write_csv(tmp_path / "reviews.csv", rows, columns), []
-    run = run_trainer(
-        path,
-        tmp_path / "run",
-        f"dataset.path={data}",
-        f"model.checkpoint={checkpoint}",
-        "training.max_steps=2",
-        "evaluation.eval_strategy=no",
-        *replaced,
-    )
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_trains_and_evaluates_on_a_stand_in(name: str, tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    recipe = load_recipe(RECIPES[name])
+    overrides = ["training.max_steps=2", *stand_ins(recipe, tmp_path)]
+    if recipe.training.warmup_steps >= 1:
+        overrides.append("training.warmup_steps=1")
+    if recipe.model.checkpoint:
+        overrides.append(f"model.checkpoint={checkpoints[CHECKPOINTS[recipe.model.checkpoint]]}")
+
+    run = run_trainer(RECIPES[name], tmp_path / "run", *overrides)
+
     assert run.code == 0, run.err
-    # What was not replaced is what the recipe says.
-    ran = yaml.safe_load((run.folder / "recipe.yaml").read_text(encoding="utf-8"))
-    assert ran["training"]["learning_rate"] == recipe.training.learning_rate
-    assert ran["training"]["global_batch_size"] == recipe.training.global_batch_size
-    assert ran["dataset"]["max_length"] == recipe.dataset.max_length
+    assert run.json("results.json")["train"]["steps"] == 2
+    scores = run.json("results.json")["validation"]
+    assert {*recipe.evaluation.metrics, "loss"} <= set(scores)
+    names = recipe.dataset.label_names()
+    assert names is None or list(scores["per_class"]) == names
+    key = published(recipe)
+    assert key is None or len(scores["per_class"]) == PUBLISHED[key].classes
+    # What was not replaced, and is not pinned by every run, is what the recipe says.
+    replaced = {override.partition("=")[0] for override in overrides}
+    pinned = {"dataset.revision", "dataset.sha256", "model.revision", "model.tokenizer_revision", "model.sha256"}
+    open_ = {key for key in ("labels", "max_length") if getattr(recipe.dataset, key) is None}
+    left_out = (*replaced, *pinned, *(f"dataset.{key}" for key in open_))
+    ran = load_recipe(run.folder / "recipe.yaml")
+    assert without(ran, left_out) == without(recipe, left_out)
+
+
+def without(recipe: Recipe, keys: tuple[str, ...]) -> dict[str, Any]:
+    """The recipe as plain data, less the values of some dotted keys."""
+    values = recipe.model_dump(mode="json")
+    for key in keys:
+        section, field, *_ = key.split(".")
+        values[section].pop(field, None)
+    return values
+
+
+def stand_ins(recipe: Recipe, folder: Path) -> list[str]:
+    """Overrides that put local tables, typed and split as the published ones, in the place of what is downloaded."""
+    if (key := published(recipe)) is None:
+        return []
+    original, dataset = PUBLISHED[key], recipe.dataset
+    downloads = dataset.path is None or "://" in dataset.path
+    files = {
+        split: write_split(original, split, folder, "csv" if downloads else "parquet")
+        for split in original.splits.split()
+    }
+    if dataset.data_files is not None:
+        assert isinstance(dataset.data_files, dict)
+        return [f"dataset.data_files.{split}={files[split]}" for split in dataset.data_files]
+    if downloads:
+        return [f"dataset.path={files['train']}"]
+    roles = {role: str(source) for role, source in dataset.splits.roles().items()}
+    # 80 rows of 400, as 8,000 of 25,000
+    scaled = {role: re.sub(r"(?<=[\[:])(\d+)00(?=[\]:])", r"\1", source) for role, source in roles.items()}
+    counts = [f"dataset.splits.{role}={scaled[role]}" for role in roles if scaled[role] != roles[role]]
+    return ["dataset.path=null", *(f"dataset.data_files.{split}={file}" for split, file in files.items()), *counts]
+
+
+def write_split(original: Published, split: str, folder: Path, suffix: str) -> Path:
+    """A table of one split, every class in it."""
+    count = max(ROWS, 3 * original.classes)
+    draw = random.Random(split)
+    texts = {
+        column: [f"{text} {split}" for text, _ in reviews(count, draw.randrange(100))]
+        for column in original.texts.split()
+    }
+    ids = [i % original.classes for i in range(count)]
+    draw.shuffle(ids)
+    names = original.names.split() or [f"class {i}" for i in range(original.classes)]
+    cells: list[Any] = [names[i] for i in ids] if original.typed == "text" else ids
+    columns = {**texts, original.label: [-1] * count if split == original.hidden else cells}
+    path = folder / f"{split}.{suffix}"
+    if suffix == "csv":
+        return write_csv(path, list(zip(*columns.values(), strict=True)), list(columns))
+    table = datasets.Dataset.from_dict(columns)
+    if original.typed == "ClassLabel":
+        table = table.cast_column(original.label, datasets.ClassLabel(names=names))
+    table.to_parquet(path)
+    return path
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny BERT with 512 positions, as a folder."""
-    from transformers import BertConfig, BertModel
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny checkpoint of each family, as a folder: an encoder without a head, and its tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
     from accel_trainer.recipe import TokenizerTraining
     from accel_trainer.tokenization import train_word_pieces
 
-    folder = tmp_path_factory.mktemp("checkpoint")
-    tokenizer = train_word_pieces(TokenizerTraining(vocab_size=200), [text for text, _ in reviews(100)])
-    config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
-    )
-    BertModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    word_pieces = train_word_pieces(TokenizerTraining(vocab_size=200), [text for text, _ in reviews(100)])
+    folders = {}
+    for family, arguments in FAMILIES.items():
+        folders[family] = tmp_path_factory.mktemp(family)
+        with_pairs = family in ("albert", "bert", "electra")  # which tell first and second text apart
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=word_pieces.backend_tokenizer,
+            model_input_names=["input_ids", *(["token_type_ids"] if with_pairs else []), "attention_mask"],
+            **{f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")},
+        )
+        sizes = {**arguments, "max_position_embeddings": 520}  # the longest recipe's 512 tokens, and RoBERTa's offset
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(family, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **sizes)
+        AutoModel.from_config(config).save_pretrained(folders[family])
+        tokenizer.save_pretrained(folders[family])
+    return folders
 
 
 def embedded(split: str) -> list[dict[str, str]]:

@@ -84,7 +84,7 @@ def test_saved_to_disk(tmp_path):
     assert texts(read_source(section(path=str(tmp_path / "one")))) == {"train": ["a", "b"]}
     source = read_source(section(path=str(tmp_path / "two")))
     assert texts(source) == {"train": ["a", "b"], "test": ["b"]}
-    assert source.tables["test"].place(0) == f"{tmp_path / 'two' / 'test'}, row 0"
+    assert source.tables["test"].place(0) == f"{tmp_path / 'two' / 'test'}, row 1"
     next((tmp_path / "two" / "test").glob("*.arrow")).write_bytes(b"")
     assert texts(read_source(section(path=str(tmp_path / "two")), only=["train"])) == {"train": ["a", "b"]}
     with pytest.raises(DataError, match=r"saved dataset is damaged.*; save it again"):
@@ -95,7 +95,7 @@ def test_configs_of_a_folder(tmp_path):
     folder = write_configs(tmp_path / "glue", "local")
     source = read_source(section(path=str(folder), name="second"))
     assert texts(source) == {"train": ["local second"], "test": ["local first"]}
-    assert source.tables["train"].place(0) == f"{folder} train, row 0"
+    assert source.tables["train"].place(0) == f"{folder} train, row 1"
     for name in ("third", None):
         with pytest.raises(DataError, match=r"\['first', 'second'\].*`dataset.name`"):
             read_source(section(path=str(folder), name=name))

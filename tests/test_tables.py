@@ -38,7 +38,7 @@ def test_rows_are_placed_in_their_file(tmp_path):
         (tmp_path / name).write_bytes(csv_bytes([{"text": str(number)} for number in numbers]))
     table = read_files([tmp_path / f"{name}.csv" for name in "abc"])
     assert table.data["text"][:] == ["0", "1", "2", "3", "4", "5"]
-    places = [f"{tmp_path / name}.csv, row {row}" for name, row in zip("aaabbc", (0, 1, 2, 0, 1, 0), strict=True)]
+    places = [f"{tmp_path / name}.csv, row {row}" for name, row in zip("aaabbc", (1, 2, 3, 1, 2, 1), strict=True)]
     assert [table.place(row) for row in range(6)] == places
     assert sum(origin.rows for origin in table.origins) == len(table.data)
 

@@ -68,8 +68,10 @@ def on_a_terminal(**environment: str) -> str:
         check=True,
     )
     os.close(theirs)
-    with open(ours, "rb", closefd=True, buffering=0) as screen:
-        return screen.read(10_000).decode()
+    try:
+        return os.read(ours, 10_000).decode()
+    finally:
+        os.close(ours)
 
 
 def test_colours_where_there_is_a_terminal_that_wants_them() -> None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -393,3 +394,26 @@ def test_a_model_takes_the_longest_input_and_not_one_token_more(tokenizer, confi
         model(input_ids=torch.full((1, longest), 5))
         with pytest.raises((IndexError, RuntimeError)):
             model(input_ids=torch.full((1, longest + 1), 5))
+
+
+@pytest.mark.parametrize(
+    ("keys", "asked"),
+    [
+        ({"checkpoint": "org/model"}, ("org/model", "main")),
+        ({"checkpoint": "org/model", "revision": "v1"}, ("org/model", "v1")),
+        ({"checkpoint": "org/model", "revision": "v1", "tokenizer": "org/t"}, ("org/t", "main")),
+        ({"checkpoint": "org/model", "tokenizer": "org/t", "tokenizer_revision": "v2"}, ("org/t", "v2")),
+    ],
+)
+def test_the_revision_is_that_of_the_repository(
+    keys: dict[str, str], asked: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, str]] = []
+
+    def from_pretrained(name: str, *, revision: str, **_: object) -> SimpleNamespace:
+        seen.append((name, revision))
+        return SimpleNamespace(pad_token_id=0)
+
+    monkeypatch.setattr(tokenization.AutoTokenizer, "from_pretrained", from_pretrained)
+    load_tokenizer(ModelSection(**keys), [])
+    assert seen == [asked]

@@ -1,0 +1,529 @@
+"""What a run will take, told before it runs: `accel-trainer plan RECIPE`.
+
+Steps, tokens, padding and disk are counted: the first epoch is divided as the run will divide it. Memory is expected (`memory`).
+Time is measured on this machine, in one process, by a few micro-batches of the recipe's own model and data.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from accel_trainer import checkpoint, hardware
+from accel_trainer.accelerate_config import AccelerateConfig
+from accel_trainer.batching import divide_split, token_budget
+from accel_trainer.data import Split
+from accel_trainer.evaluation import predict_logits
+from accel_trainer.feed import StepSize
+from accel_trainer.inputs import Inputs, read_inputs
+from accel_trainer.memory import Extent, MemoryNeeds, training_needs
+from accel_trainer.model import count_parameters
+from accel_trainer.plan import TrainingPlan
+from accel_trainer.recipe import Recipe
+from accel_trainer.run import Run, prepare
+from accel_trainer.run_folder import RunFolder
+from accel_trainer.signals import interrupted_by_signals
+from accel_trainer.terminal import print_table, say
+from accel_trainer.tracking import clock, quieten_libraries
+from accel_trainer.train import SCORED, GradientOverflow, add_gradients, apply_gradients
+
+GIB = 2**30
+# What a launch around this command would tell the Accelerator of it.
+LAUNCH_VARIABLES = ("FSDP_", "TORCHELASTIC_", "WORLD_SIZE", "RANK", "LOCAL_", "MASTER_")
+PASSES = 3  # that are timed, after one that is not
+WRITTEN = 2**28  # bytes at most that are written to learn how fast the disk is
+# Bytes of a line of predictions: beside text and probabilities, of each probability, of the text of each token. Assumptions.
+ROW_BYTES, LABEL_BYTES, TOKEN_BYTES = 120, 40, 5
+
+
+@dataclass(frozen=True)
+class Target:
+    """The hardware that a run is forecast for."""
+
+    num_processes: int
+    device: str  # cpu, cuda, …
+    is_here: bool  # this machine has such a device
+    mixed_precision: str
+    memory: int | None  # bytes of a process's device, or its share of the machine; None where that is not here
+
+
+@dataclass(frozen=True)
+class RoleSize:
+    """One role's rows."""
+
+    rows: int
+    tokens: int
+    longest: int  # tokens
+    truncated: int  # rows that were cut
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The steps of the first epoch, or of a shorter run, as they will be divided."""
+
+    sizes: list[StepSize]
+    micro_batches: list[int]  # of each process
+    activations: int  # bytes at most that one takes, on one process
+
+    def mean(self, of: Callable[[StepSize], int]) -> float:
+        """Mean of a size over the steps."""
+        return sum(map(of, self.sizes)) / len(self.sizes)
+
+    @property
+    def padding_avoided(self) -> float:
+        """Share that is not computed of what padding each global batch to its longest text would."""
+        return 1 - self.mean(lambda size: size.positions) / self.mean(lambda size: size.padded_positions)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was measured here, on one process."""
+
+    position: float  # seconds that training computes a token, or padding
+    update: float  # seconds that clipping and the optimizer take once per step
+    token: float  # seconds that evaluating takes for a token
+    saving: float  # bytes per second, hashed and flushed to disk
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """What a run will take on one process of this machine."""
+
+    training: float
+    evaluation: float
+    saving: float
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes that a run will write and keep, at their most."""
+
+    checkpoints: int  # one more than is kept is there while the oldest is not yet deleted
+    best: int  # the new one beside the old one
+    model: int
+    predictions: int
+    free: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.checkpoints + self.best + self.model + self.predictions
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will take."""
+
+    recipe: Recipe
+    plan: TrainingPlan
+    target: Target
+    roles: dict[str, RoleSize]
+    parameters: dict[str, int]
+    packed: bool
+    max_tokens: int  # of a micro-batch
+    steps: Steps
+    needs: MemoryNeeds
+    evaluation: int  # bytes at most that a micro-batch of an evaluation takes
+    seconds: Seconds | None
+    unmeasured: str  # why there are no seconds
+    disk: Disk
+    notes: list[str]
+
+    @property
+    def memory(self) -> int:
+        """Bytes that training takes on each device, at their most."""
+        return self.needs.state + max(self.steps.activations, self.evaluation - self.needs.gradients)
+
+    def warnings(self) -> list[str]:
+        """What speaks against starting the run as it is."""
+        plan, seconds, found = self.plan, self.seconds, []
+        if self.target.memory is not None and self.memory > self.target.memory:
+            found.append(
+                f"{gib(self.memory)} will not fit into {gib(self.target.memory)} of memory; use --gradient_checkpointing, a "
+                "smaller --max_tokens_per_device, a shorter dataset.max_length or a smaller checkpoint"
+            )
+        if self.disk.total > self.disk.free:
+            found.append(
+                f"{gib(self.disk.total)} will not fit on the disk, where {gib(self.disk.free)} are free; choose another "
+                "--output_dir, or set saving.save_total_limit"
+            )
+        if seconds is not None and seconds.evaluation > seconds.training:
+            found.append(
+                "evaluating takes longer than training; set evaluation.eval_steps higher, or dataset.max_eval_samples"
+            )
+        if plan.warmup_steps == plan.total_steps:
+            found.append("the run is all warm-up; lower training.warmup_steps")
+        if plan.total_steps < plan.logging_steps:
+            found.append(
+                f"the run ends before step {plan.logging_steps}, the first that is logged; lower tracking.logging_steps"
+            )
+        return found
+
+
+def forecast(
+    recipe: Recipe,
+    config: AccelerateConfig | None = None,
+    *,
+    output_dir: Path = Path("runs"),
+    layout: str = "auto",
+    max_tokens_per_device: int | None = None,
+    gradient_checkpointing: bool = False,
+    measures: bool = True,
+    trust_remote_code: bool = False,
+) -> Forecast:
+    """What a run of a recipe will take.
+
+    Args:
+        recipe: read and checked.
+        config: of the launch; None: one process here.
+        output_dir: where the run will be written, or a folder above it.
+        layout: as the trainer's option.
+        max_tokens_per_device: as the trainer's option.
+        gradient_checkpointing: as the trainer's option.
+        measures: take a few steps to learn how long the run will take.
+        trust_remote_code: run code that the checkpoint's repository holds.
+
+    Raises:
+        UserError: recipe, data, model or options are not as they should be.
+        OutOfMemory: a micro-batch does not even fit where time is measured.
+        Interrupted: a signal came; nothing is left.
+    """
+    quieten_libraries()
+    is_here = config is None or config.use_cpu or torch.accelerator.is_available()
+    silent = recipe.model_copy(update={"tracking": recipe.tracking.model_copy(update={"report_to": []})})
+    inputs = read_inputs(silent, trust_remote_code=trust_remote_code)
+    disk = _existing(output_dir)
+    with (
+        interrupted_by_signals(resumable=False),
+        launched_alone(config if is_here else None),
+        tempfile.TemporaryDirectory(prefix="accel-trainer-plan-") as place,
+    ):
+        run = prepare(
+            hardware.start_accelerator(),
+            inputs,
+            RunFolder(Path(place)),
+            layout=layout,
+            max_tokens_per_device=max_tokens_per_device,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+        target = target_of(run, config, is_here=is_here)
+        needs = needs_of(run, target)
+        longest = int(run.feed.split.tokens.lengths.max())
+        run.max_tokens = max_tokens_per_device or token_budget(target.device, target.memory, *needs.budget(longest))
+        steps = divide_steps(run, target, needs)
+        speed, unmeasured = None, "" if measures else "--no_measure"
+        if not is_here:
+            unmeasured = "this machine has no such device"
+        if not unmeasured:
+            speed = measure(run, disk)
+    weights, roles = checkpoint_weights(inputs.model), {role: size_of(split) for role, split in inputs.splits.items()}
+    written = disk_needs(run, roles, weights, needs.optimizer, shutil.disk_usage(disk).free)
+    return Forecast(
+        recipe=recipe,
+        plan=run.plan,
+        target=target,
+        roles=roles,
+        parameters=count_parameters(inputs.model),
+        packed=run.packed,
+        max_tokens=run.max_tokens,
+        steps=steps,
+        needs=needs,
+        evaluation=evaluation_bytes(run, target, needs),
+        seconds=None if speed is None else seconds_of(run, steps, roles, speed, weights, needs.optimizer),
+        unmeasured=unmeasured,
+        disk=written,
+        notes=inputs.notes,
+    )
+
+
+@contextmanager
+def launched_alone(config: AccelerateConfig | None) -> Iterator[None]:
+    """Let an Accelerator that is made in the block be alone, on the device and in the precision of a config."""
+    before = dict(os.environ)
+    for name in before:
+        if name.startswith(LAUNCH_VARIABLES):
+            del os.environ[name]
+    if config is not None:
+        os.environ["ACCELERATE_USE_CPU"] = str(config.use_cpu).lower()
+        os.environ["ACCELERATE_MIXED_PRECISION"] = config.mixed_precision
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def target_of(run: Run, config: AccelerateConfig | None, *, is_here: bool) -> Target:
+    """The hardware that a config asks for; `run` is prepared on this machine's."""
+    accelerator = run.accelerator
+    here, memory = accelerator.device.type, hardware.smallest_memory(accelerator)
+    if config is None:
+        return Target(1, here, is_here, accelerator.mixed_precision, memory)
+    if here == "cpu" and memory is not None:
+        memory //= -(-config.num_processes // config.num_machines)
+    device = here if is_here else "cuda"  # which one does not matter: it is not here
+    return Target(config.num_processes, device, is_here, config.mixed_precision, memory if is_here else None)
+
+
+def needs_of(run: Run, target: Target) -> MemoryNeeds:
+    """Memory that a process of the target takes."""
+    return training_needs(
+        run.accelerator.unwrap_model(run.model),
+        run.inputs.recipe.training.optim,
+        int(run.feed.split.tokens.lengths.max()),
+        packed=run.packed,
+        num_processes=target.num_processes,
+        mixed_precision=target.mixed_precision,
+    )
+
+
+def divide_steps(run: Run, target: Target, needs: MemoryNeeds) -> Steps:
+    """Divide the first epoch, or a shorter run, as the target's processes will."""
+    feed = replace(run.feed, num_processes=target.num_processes)
+    costs = feed.split.tokens.costs(packed=run.packed)
+    sizes, counts, largest = [], [], 0
+    for step in range(min(run.plan.total_steps, run.plan.steps_per_epoch)):
+        rows, divided = feed.divide(step, run.max_tokens)
+        sizes.append(feed.size(rows, divided))
+        counts.append(len(divided[0]))
+        extents = (Extent.of(costs[rows[part.indices]], packed=run.packed) for parts in divided for part in parts)
+        largest = max(largest, *map(needs.activations, extents))
+    return Steps(sizes, counts, largest)
+
+
+def evaluation_bytes(run: Run, target: Target, needs: MemoryNeeds) -> int:
+    """Bytes at most that a micro-batch of an evaluation takes."""
+    largest = 0
+    for role in scored(run.inputs):
+        costs = run.inputs.splits[role].tokens.costs(packed=run.packed)
+        divided = divide_split(costs, target.num_processes, run.max_tokens, packed=run.packed)
+        extents = (Extent.of(costs[part.indices], packed=run.packed) for parts in divided for part in parts)
+        largest = max(largest, *map(needs.evaluation, extents))
+    return largest
+
+
+def scored(inputs: Inputs) -> list[str]:
+    """Roles that are evaluated at the end."""
+    return [role for role in SCORED if role in inputs.splits]
+
+
+def size_of(split: Split) -> RoleSize:
+    """The size of a role."""
+    tokens = split.tokens
+    return RoleSize(len(split), int(tokens.lengths.sum()), int(tokens.lengths.max()), tokens.truncated)
+
+
+def checkpoint_weights(model: nn.Module) -> int:
+    """Bytes of a model's weights in a file."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+
+
+# --- time
+
+
+def measure(run: Run, disk: Path) -> Speed:
+    """Take steps of the recipe here, evaluate some rows and write some weights; the run is of no further use.
+
+    Args:
+        run: prepared.
+        disk: folder beside which the weights are written.
+    """
+    rows, (parts,) = run.feed.divide(0, run.max_tokens)
+    costs = run.feed.split.tokens.costs(packed=run.packed)[rows]
+    part = sorted(parts, key=lambda part: int(costs[part.indices].sum()))[len(parts) // 2]
+    loaded = run.feed.load(0, rows, [part])
+    run.model.train()
+    passes, updates = [], []
+    for _ in range(1 + PASSES):
+        passes.append(timed(run, lambda: add_gradients(run, loaded, len(rows))))
+        updates.append(timed(run, lambda: updated(run)))
+    return Speed(
+        position=float(np.median(passes[1:])) / loaded[0].batch.num_positions,
+        update=float(np.median(updates[1:])),
+        token=measure_evaluation(run),
+        saving=measure_saving(run, disk),
+    )
+
+
+def updated(run: Run) -> None:
+    """Apply the gradient, or see that it overflows, which in fp16 the first ones do."""
+    with suppress(GradientOverflow):
+        apply_gradients(run)
+
+
+def timed(run: Run, work: Callable[[], object]) -> float:
+    """Seconds that some work takes, until the device has done it."""
+    started = time.perf_counter()
+    work()
+    if run.accelerator.device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - started
+
+
+def measure_evaluation(run: Run) -> float:
+    """Seconds for each token of the first rows that are evaluated, about a micro-batch of them."""
+    role = next(iter(scored(run.inputs)), "train")
+    tokens = run.inputs.splits[role].tokens
+    count = max(1, int(np.searchsorted(tokens.lengths.cumsum(), run.max_tokens)))
+    first = replace(tokens, lengths=tokens.lengths[:count])
+    seconds = timed(run, lambda: predict_logits(run.accelerator, run.model, first, run.max_tokens, packed=run.packed))
+    return seconds / int(first.lengths.sum())
+
+
+def measure_saving(run: Run, disk: Path) -> float:
+    """Bytes of weights that a checkpoint writes in a second."""
+    chosen, size = {}, 0
+    for name, tensor in run.inputs.model.state_dict().items():
+        chosen[name], size = tensor, size + tensor.numel() * tensor.element_size()
+        if size > WRITTEN:
+            break
+    with tempfile.TemporaryDirectory(prefix=".accel-trainer-plan-", dir=disk) as place:
+        seconds = timed(run, lambda: checkpoint.save_checkpoint(Path(place), 0, chosen, {}, {}))
+    return size / seconds
+
+
+def seconds_of(
+    run: Run, steps: Steps, roles: dict[str, RoleSize], speed: Speed, weights: int, optimizer: int
+) -> Seconds:
+    """What the whole run takes at a speed."""
+    plan = run.plan
+    of_step = steps.mean(lambda size: size.positions) * speed.position + speed.update
+    evaluated = sum(roles[role].tokens for role in scored(run.inputs))
+    if plan.eval_every is not None:
+        evaluated += moments(plan.total_steps, plan.eval_every) * roles["validation"].tokens
+    best = 0 if plan.eval_every is None else moments(plan.total_steps, plan.eval_every)  # at most: each the best so far
+    saved = 0 if plan.save_every is None else moments(plan.total_steps, plan.save_every)
+    written = saved * (weights + optimizer) + (best + 1) * weights
+    return Seconds(plan.total_steps * of_step, evaluated * speed.token, written / speed.saving)
+
+
+def moments(steps: int, every: int) -> int:
+    """How often something happens that is due every so many steps and after the last."""
+    return -(-steps // every)
+
+
+# --- disk
+
+
+def disk_needs(run: Run, roles: dict[str, RoleSize], weights: int, optimizer: int, free: int) -> Disk:
+    """What a run writes and keeps."""
+    plan, limit = run.plan, run.inputs.recipe.saving.save_total_limit
+    saved = 0 if plan.save_every is None else moments(plan.total_steps, plan.save_every)
+    evaluated = 0 if plan.eval_every is None else moments(plan.total_steps, plan.eval_every)
+    row = ROW_BYTES + LABEL_BYTES * len(run.inputs.label_names)
+    return Disk(
+        checkpoints=min(saved, saved if limit is None else limit + 1) * (weights + optimizer),
+        best=min(evaluated, 2) * weights,
+        model=weights,
+        predictions=sum(roles[role].rows * row + roles[role].tokens * TOKEN_BYTES for role in scored(run.inputs)),
+        free=free,
+    )
+
+
+def _existing(folder: Path) -> Path:
+    """A folder, or the nearest above it that is there."""
+    folder = folder.absolute()
+    return folder if folder.is_dir() else _existing(folder.parent)
+
+
+# --- what people read
+
+
+def gib(size: float) -> str:
+    """Bytes as people read them."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
+
+
+def print_forecast(found: Forecast) -> None:
+    """Print what a run will take, and what speaks against it."""
+    rows = [*data_rows(found), *step_rows(found), *memory_rows(found), *time_rows(found), *disk_rows(found)]
+    print_table(["", "", "", ""], rows, numbers=[2])
+    for note in found.notes:
+        say(f"note: {note}", "dim")
+    for warning in found.warnings():
+        say(f"warning: {warning}", "yellow")
+
+
+Row = tuple[str, str, str, str]  # section, item, number, what belongs to it
+
+
+def data_rows(found: Forecast) -> Iterator[Row]:
+    """Rows and tokens by role."""
+    for i, (role, size) in enumerate(found.roles.items()):
+        cut = f", {size.truncated / size.rows:.1%} of them cut" if size.truncated else ""
+        tokens = f"rows of {size.tokens / size.rows:.1f} tokens, the longest {size.longest:,}{cut}"
+        yield "data" if i == 0 else "", role, f"{size.rows:,}", tokens
+
+
+def step_rows(found: Forecast) -> Iterator[Row]:
+    """Steps, and what each of them computes."""
+    plan, steps, processes = found.plan, found.steps, found.target.num_processes
+    epochs = f"{plan.epoch(plan.total_steps):g} epochs of {plan.steps_per_epoch:,}"
+    warmup = f", warm-up {plan.warmup_steps:,}" if plan.warmup_steps else ""
+    yield "steps", "in all", f"{plan.total_steps:,}", f"{epochs}, {plan.global_batch_size:,} examples each{warmup}"
+    yield (
+        "",
+        "tokens",
+        f"{steps.mean(lambda size: size.tokens):,.0f}",
+        f"each, at most {max(s.tokens for s in steps.sizes):,}",
+    )
+    mean, most = sum(steps.micro_batches) / len(steps.micro_batches), max(steps.micro_batches)
+    of_each = f"a step{'' if processes == 1 else f', on each of {processes} processes'}, at most {most:,}"
+    yield "", "micro-batches", f"{mean:.3g}", f"{of_each}; of {found.max_tokens:,} tokens at most"
+    layout = "packed: no padding is computed" if found.packed else "padded"
+    yield "", "padding avoided", f"{steps.padding_avoided:.1%}", f"{layout}; against padding each batch to its longest"
+
+
+def memory_rows(found: Forecast) -> Iterator[Row]:
+    """Parameters, and the memory of each device."""
+    needs, target, counts = found.needs, found.target, found.parameters
+    yield "parameters", "in all", f"{counts['total']:,}", f"{counts['trainable']:,} trained"
+    where = "1 process" if target.num_processes == 1 else "each process"
+    yield "memory", "weights", gib(needs.weights), f"of {where}, expected"
+    yield "", "gradients", gib(needs.gradients), "" if target.num_processes == 1 else "and their buckets"
+    yield "", "optimizer", gib(needs.optimizer), found.recipe.training.optim
+    yield "", "activations", gib(found.steps.activations), f"of a micro-batch, {precision(target.mixed_precision)}"
+    yield "", "beside", gib(needs.beside), "libraries, and the largest gradient once more"
+    more = found.memory - needs.state - found.steps.activations
+    if more > 0:
+        yield "", "evaluation", gib(more), "beyond that"
+    known = "not known here" if target.memory is None else f"of {gib(target.memory)}"
+    yield "", "sum", gib(found.memory), known
+
+
+def precision(mixed_precision: str) -> str:
+    """A precision as people call it."""
+    return "float32" if mixed_precision == "no" else mixed_precision
+
+
+def time_rows(found: Forecast) -> Iterator[Row]:
+    """Seconds, where they were measured."""
+    seconds, target = found.seconds, found.target
+    if seconds is None:
+        yield "time", "", "", f"not measured: {found.unmeasured}"
+        return
+    others = "" if target.num_processes == 1 else f"; the config's {target.num_processes} share it"
+    yield "time", "training", clock(seconds.training), f"h:mm:ss, measured here on 1 process, {target.device}{others}"
+    yield "", "evaluation", clock(seconds.evaluation), ""
+    yield "", "saving", clock(seconds.saving), "at most"
+    yield "", "sum", clock(seconds.training + seconds.evaluation + seconds.saving), ""
+
+
+def disk_rows(found: Forecast) -> Iterator[Row]:
+    """Bytes that will be written."""
+    disk, limit = found.disk, found.recipe.saving.save_total_limit
+    kept = "all are kept" if limit is None else f"{limit} kept, another while it is written"
+    yield "disk", "checkpoints", gib(disk.checkpoints), kept
+    yield "", "best, model", gib(disk.best + disk.model), ""
+    yield "", "predictions", gib(disk.predictions), "about"
+    yield "", "sum", gib(disk.total), f"of {gib(disk.free)} free"

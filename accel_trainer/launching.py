@@ -1,0 +1,46 @@
+"""Launches of the trainer by another command of this package: started, waited for, ended together with all they started."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+
+TRAINER = "accel_trainer.train"
+LAUNCHER = (sys.executable, "-m", "accelerate.commands.launch")
+STDERR = 2  # its number, because `sys.stderr` may be no file
+LAST_LINES = 20
+
+
+def launched(
+    command: Sequence[str], environment: Mapping[str, str] | None = None, *, shown: bool = False
+) -> tuple[int, str]:
+    """Start a launcher and wait for it; if this process is interrupted meanwhile, ask it and all that it started to stop.
+
+    Args:
+        command: the launcher's.
+        environment: None for this process's own.
+        shown: let all that it says go to stderr.
+
+    Returns:
+        its exit code; and the last lines that it wrote to stderr, empty where they were shown.
+    """
+    # A session of its own, because a signal to accelerate's launcher alone leaves the trainer running.
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=STDERR if shown else subprocess.DEVNULL,
+        stderr=None if shown else subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        _, errors = process.communicate()
+    except BaseException:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+        raise
+    return process.returncode, "\n".join((errors or "").strip().splitlines()[-LAST_LINES:])

@@ -109,10 +109,13 @@ class CannotLoad(UserError):
 
     def __init__(self, key: str, name: str | None, reason: Exception) -> None:
         first = (str(reason).strip().splitlines() or [type(reason).__name__])[0].rstrip(".")
-        super().__init__(
-            f"{key}: cannot load {name!r}: {first}; give a folder that holds it, or the id of a Hub repository that you can "
-            "reach or have cached"
-        )
+        remedy = "give a folder that holds it, or the id of a Hub repository that you can reach or have cached"
+        if "safetensors" in first and isinstance(reason, OSError):
+            remedy = (
+                "weights that are pickled (pytorch_model.bin) are never opened; where you trust them, write them anew and name that "
+                f"folder: AutoModel.from_pretrained({name!r}).save_pretrained(FOLDER), and AutoTokenizer likewise"
+            )
+        super().__init__(f"{key}: cannot load {name!r}: {first}; {remedy}")
 
 
 class HardwareError(UserError):

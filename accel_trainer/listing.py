@@ -62,7 +62,7 @@ def print_recipes(pattern: str | None = None) -> None:
     }
     told = {header: cells for header, cells in columns.items() if any(cells)}
     styles: list[Style] = ["" if row.is_sound else "yellow" for row in found]
-    print_table(list(told), zip(*told.values(), strict=True), styles=styles)
+    print_table(list(told), zip(*told.values(), strict=True), whole=[0], styles=styles)
 
 
 def rows(pattern: str | None = None) -> list[Row]:
@@ -77,10 +77,8 @@ def _row(entry: Entry) -> Row:
         recipe = as_written(entry.path)
     except UserError:
         return Row(entry)
-    path = recipe.dataset.path
-    dataset = path if path and "://" in path else dataset_named(recipe.dataset)  # which makes links of addresses
-    checkpoint = checkpoint_named(recipe.model)
-    return Row(entry, recipe.problem_type, checkpoint, dataset, _recorded(recipe), _loads(entry))
+    named = checkpoint_named(recipe.model), dataset_named(recipe.dataset)
+    return Row(entry, recipe.problem_type, *named, _recorded(recipe), _loads(entry))
 
 
 def _loads(entry: Entry) -> bool:

@@ -59,9 +59,9 @@ def checkpoint_named(model: ModelSection) -> str:
 
 
 def dataset_named(dataset: DatasetSection) -> str:
-    """What a recipe trains on: the Hub's name of it, a folder, a file, or an address under its last part."""
+    """What a recipe trains on: the Hub's name of it, a folder, a file, or an address."""
     if dataset.path is not None and "://" in dataset.path:
-        return f"[{posixpath.basename(dataset.path.rstrip('/'))}]({dataset.path})"
+        return dataset.path
     if dataset.path is not None:
         return f"{dataset.path} ({dataset.name})" if dataset.name else dataset.path
     files = dataset.data_files or []
@@ -69,6 +69,11 @@ def dataset_named(dataset: DatasetSection) -> str:
     names = [name for group in groups for name in ([group] if isinstance(group, str) else group)]
     folders = {posixpath.dirname(name) for name in names}
     return folders.pop() if len(names) > 1 and len(folders) == 1 and "" not in folders else ", ".join(names)
+
+
+def _linked(name: str) -> str:
+    """A name for Markdown: an address under its last part."""
+    return f"[{posixpath.basename(name.rstrip('/'))}]({name})" if "://" in name else name
 
 
 def as_written(path: Path) -> Recipe:
@@ -105,7 +110,7 @@ def _cells(path: Path) -> list[str]:
         recipe = as_written(path)
     except UserError:
         return ["has mistakes: see `accel-trainer check`", *[""] * (len(HEADERS) - 2)]
-    head = [recipe.description, checkpoint_named(recipe.model), dataset_named(recipe.dataset)]
+    head = [recipe.description, checkpoint_named(recipe.model), _linked(dataset_named(recipe.dataset))]
     result, best = newest(recipe.results), score(recipe)
     if result is None or best is None:
         tail = [chosen_metric(recipe), "not recorded", "", "", ""]

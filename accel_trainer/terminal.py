@@ -62,6 +62,7 @@ def print_table(
     rows: Iterable[Sequence[object]],
     *,
     numbers: Iterable[int] = (),
+    whole: Iterable[int] = (),
     styles: Sequence[Style] = (),
 ) -> None:
     """Print rows under headers, aligned by the cells that characters take: two for a Chinese one.
@@ -70,12 +71,13 @@ def print_table(
         headers: of the columns; where all are empty, no line is spent on them.
         rows: cells of one length with `headers`; None is shown as nothing.
         numbers: positions of columns aligned to the right.
+        whole: positions of columns that a narrow terminal may not fold, such as names.
         styles: of the rows, in order; those left out are plain.
     """
-    right = set(numbers)
+    right, unfolded = set(numbers), set(whole)
     table = Table(box=None, show_header=any(headers), header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for i, header in enumerate(headers):
-        table.add_column(header, justify="right" if i in right else "left", overflow="fold")
+        table.add_column(header, justify="right" if i in right else "left", overflow="fold", no_wrap=i in unfolded)
     for i, row in enumerate(rows):
         cells = (Text("" if cell is None else showable(str(cell), LONGEST)) for cell in row)
         table.add_row(*cells, style=styles[i] if i < len(styles) else "")

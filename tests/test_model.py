@@ -230,7 +230,9 @@ def test_nothing_is_unpickled(tmp_path: Path, tokenizer: PreTrainedTokenizerBase
     (folder / "model.safetensors").unlink()
     trace = tmp_path / "unpickled"
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(str(trace))))
-    with pytest.raises(UserError, match=r"model\.checkpoint: cannot load"):
+    with pytest.raises(
+        UserError, match=r"model\.checkpoint: cannot load .* pickled .* are never opened.*save_pretrained"
+    ):
         build(ModelSection(checkpoint=str(folder)), tokenizer)
     assert not trace.exists()
     pickle.loads((folder / "pytorch_model.bin").read_bytes())

@@ -113,7 +113,7 @@ def test_the_newest_result_is_the_last_of_the_latest_day(days: list[str]) -> Non
     ("named", "shown"),
     [
         ({"path": "nyu-mll/glue", "name": "sst2"}, "nyu-mll/glue (sst2)"),
-        ({"path": "https://host/a/data/", "data_files": "x.csv"}, "[data](https://host/a/data/)"),
+        ({"path": "https://host/a/data/", "data_files": "x.csv"}, "https://host/a/data/"),
         ({"path": "team/data", "data_files": "a.csv"}, "team/data"),
         ({"data_files": {"train": "data/a/x.csv", "test": ["data/a/y.csv"]}}, "data/a"),
         ({"data_files": ["a.csv", "b/c.csv"]}, "a.csv, b/c.csv"),

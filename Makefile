@@ -43,6 +43,7 @@ schema: .venv/.installed-dev
 tables: .venv/.installed-dev
 	$(BIN)/python scripts/write_coming_from_trainer.py
 	$(BIN)/python scripts/write_recipe_table.py
+	$(BIN)/python scripts/write_recipe_reference.py
 
 reviews: .venv/.installed-dev
 	$(BIN)/python scripts/food_reviews.py

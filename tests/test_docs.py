@@ -48,6 +48,11 @@ def test_the_tables_of_names_are_current() -> None:
     assert SCRIPT["with_tables"](DOCUMENT) == DOCUMENT, "run python scripts/write_coming_from_trainer.py"
 
 
+def test_the_reference_of_recipes_is_current() -> None:
+    script = runpy.run_path(str(ROOT / "scripts" / "write_recipe_reference.py"))
+    assert script["reference"]() == script["PATH"].read_text(encoding="utf-8"), "run make tables"
+
+
 def test_every_argument_stands_in_one_table() -> None:
     from transformers import TrainingArguments
 

@@ -135,6 +135,7 @@ class OutOfMemory(TrainingFailed):
 
     def __init__(self, message: str, examples: int = 1, tokens: int = 0) -> None:
         self.examples, self.tokens = examples, tokens  # of the micro-batch, padding included
+        self.max_tokens: int | None = None  # that the run is to go on with
         super().__init__(message)
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import atexit
 import ctypes
 import gc
+import json
 import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
+import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -19,8 +22,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import GradientAccumulationPlugin, gather_object
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, gather, operations, pad_across_processes
+from torch import Tensor
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
@@ -36,8 +40,11 @@ OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator: ", "_STATUS_ALLOC_FAILED
 # How a collective says that another process did not take part in it: Gloo; NCCL; the store that processes meet at.
 LOST = ("/gloo/", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "TCPStore")
 TIMEOUT = 1800  # seconds, as `TrainingArguments.ddp_timeout`
+SENT_AT_ONCE = 2**26  # bytes
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _GROUPS: list[Any] = []  # see `leave_process_group`
+_STORES: list[Store] = []  # that the processes of this attempt met at; none for one alone
+_WORD = "last word"
 
 
 def start_accelerator(
@@ -86,7 +93,8 @@ def start_accelerator(
         raise UserError(
             f"tracking.report_to: {', '.join(missing)} is not installed; install it, or take it out of the list"
         )
-    if accelerator.num_processes != world_size:
+    # On TPUs torch_xla starts the processes, and WORLD_SIZE is nothing to it.
+    if accelerator.num_processes != world_size and accelerator.distributed_type is not DistributedType.XLA:
         raise HardwareError(
             f"the launcher started {world_size} processes (WORLD_SIZE), but Accelerate runs {accelerator.num_processes} "
             f"({accelerator.distributed_type.value}); each would train alone. Launch CPU processes with "
@@ -102,20 +110,71 @@ def meeting_place() -> str:
     """Where the processes of a launch find each other, as `init_process_group` calls it.
 
     torchrun keeps its store when it starts processes again (2.13), with the addresses of those that died: the new ones would
-    wait for these for ever, or be refused. They get a room of their own. On one host alone: others may count otherwise.
+    wait for these for ever, or be refused. They get a room of their own. How often a machine was started again is no name for
+    it: one that was taken in later counts otherwise, and one that makes room for it does not count at all.
     """
-    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    if not again or os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
-        return "env://"
     with suppress(RuntimeError):  # it is known already
-        register_rendezvous_handler("restarted", _room_of_this_attempt)
-    return "restarted://"
+        register_rendezvous_handler("room", _room_of_this_attempt)
+    return "room://"
 
 
 def _room_of_this_attempt(_url: str, **arguments: Any) -> Iterator[tuple[Store, int, int]]:
-    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
     for store, rank, world_size in rendezvous("env://", **arguments):
-        yield PrefixStore(f"attempt {attempt}", store), rank, world_size
+        room = store
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # else it is as new as this attempt
+            room = PrefixStore(f"room {agreed_room(store, rank, world_size)}", store)
+        _STORES.append(room)
+        yield room, rank, world_size
+
+
+def agreed_room(store: Store, rank: int, world_size: int) -> str:
+    """A name that the processes of this attempt have in common, and no earlier attempt had. Collective.
+
+    Each asks under its rank with a word of its own, and only the first process of this attempt answers to that word, so that
+    what an earlier attempt left in the store misleads nobody.
+
+    Raises:
+        DistStoreError: another one does not ask or answer within the store's time-out.
+    """
+    own = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"asks {rank}", own)
+        room = store.get(f"answer {own}").decode()
+        store.set(f"in {room} {rank}", "")
+        return room
+    awaited, answered = set(range(1, world_size)), set()
+    patience: float = store.timeout.total_seconds()  # type: ignore[attr-defined]
+    end = time.monotonic() + patience
+    while awaited:
+        for asking in [asking for asking in awaited if store.check([f"asks {asking}"])]:
+            word = store.get(f"asks {asking}").decode()
+            if word not in answered:  # of an earlier attempt, perhaps: then another follows
+                store.set(f"answer {word}", own)
+                answered.add(word)
+        awaited = {asking for asking in awaited if not store.check([f"in {own} {asking}"])}
+        if time.monotonic() > end:
+            raise torch.distributed.DistStoreError(
+                f"process {min(awaited)} of {world_size} did not come within {patience:.0f} seconds"
+            )
+        time.sleep(0.01 if awaited else 0)
+    return own
+
+
+def leave_word(word: dict[str, Any]) -> None:
+    """Leave a word for the main process where all have met, which is still there when this process is not. The first counts."""
+    with suppress(RuntimeError):  # that place is gone
+        for store in _STORES[-1:]:
+            store.compare_set(_WORD, "", json.dumps(word))
+
+
+def word_left() -> dict[str, Any]:
+    """The word that another process left before it ended; empty if none did."""
+    with suppress(RuntimeError):
+        for store in _STORES[-1:]:
+            if store.check([_WORD]):
+                found: dict[str, Any] = json.loads(store.get(_WORD))
+                return found
+    return {}
 
 
 def keep_freed_memory() -> None:
@@ -277,6 +336,28 @@ def together(accelerator: Accelerator) -> Iterator[None]:
 
 
 @contextmanager
+def told_to_other_machines(timeout: int) -> Iterator[None]:
+    """If a user's mistake shows in the block, before the processes have met, raise it on all machines.
+
+    Each reads files of its own, and those that find no mistake would wait for this one. On one machine all find it.
+
+    Args:
+        timeout: seconds that processes wait for each other.
+
+    Raises:
+        UserError: the mistake.
+    """
+    try:
+        yield
+    except UserError:
+        everywhere, here = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+        if int(everywhere) > int(here):
+            with suppress(HardwareError), together(start_accelerator(timeout=timeout)):
+                raise
+        raise
+
+
+@contextmanager
 def first_process_first(accelerator: Accelerator) -> Iterator[None]:
     """Let the first process of each machine go through the block before the others, whether it succeeds or not.
 
@@ -289,6 +370,58 @@ def first_process_first(accelerator: Accelerator) -> Iterator[None]:
     finally:
         if accelerator.is_local_main_process:
             accelerator.wait_for_everyone()
+
+
+def gather_object(own: list[Any]) -> list[Any]:
+    """What all processes bring, in the order of their ranks: plain values, as JSON knows them. Collective."""
+    if PartialState().distributed_type is not DistributedType.XLA:
+        return operations.gather_object(own)  # type: ignore[no-any-return]
+    # Accelerate's own raises there. JSON may end in spaces.
+    text = torch.tensor(list(json.dumps(own).encode()), dtype=torch.int32, device=PartialState().device)
+    padded = pad_across_processes(text, pad_index=ord(" "))
+    texts = gather(padded).cpu().reshape(-1, len(padded)).tolist()
+    return [value for text in texts for value in json.loads(bytes(text))]
+
+
+def from_main_process(accelerator: Accelerator, value: Any) -> Any:
+    """The main process's value on every process, as JSON knows it; what the others bring is left aside. Collective."""
+    if accelerator.num_processes == 1:
+        return value
+    text = json.dumps(value).encode() if accelerator.is_main_process else b""
+    size = accelerator.reduce(torch.tensor([len(text)], device=accelerator.device), "sum")
+    sent = torch.zeros(int(size), dtype=torch.uint8)
+    if accelerator.is_main_process:
+        sent = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    return json.loads(_bytes_from_main_process(accelerator, sent).numpy().tobytes())
+
+
+def tensors_from_main_process(accelerator: Accelerator, tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """The main process's tensors on every process, on the CPU, to the bit. Collective.
+
+    Args:
+        accelerator: the run's.
+        tensors: on the CPU; None on other processes.
+    """
+    if accelerator.num_processes == 1:
+        return tensors or {}
+    own = tensors if tensors is not None and accelerator.is_main_process else {}
+    listed = [[name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in own.items()]
+    found = dict(own)
+    for name, dtype, shape in from_main_process(accelerator, listed):
+        if not accelerator.is_main_process:
+            found[name] = torch.zeros(shape, dtype=getattr(torch, dtype))
+        flat = found[name].contiguous().reshape(-1).view(torch.uint8)
+        for start in range(0, len(flat), SENT_AT_ONCE):  # a large tensor would take a card's memory once more
+            part = flat[start : start + SENT_AT_ONCE]
+            sent = _bytes_from_main_process(accelerator, part)
+            if not accelerator.is_main_process:
+                part.copy_(sent)
+    return found
+
+
+def _bytes_from_main_process(accelerator: Accelerator, sent: Tensor) -> Tensor:
+    """The main process's bytes, where those of all others are zeros: a sum, which every kind of device has."""
+    return accelerator.reduce(sent.to(accelerator.device), "sum").cpu()  # type: ignore[no-any-return]
 
 
 def _installed(package: str) -> str | None:

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from accel_trainer import hardware, metrics
 from accel_trainer.data import LabelledData, Split, load_labelled, tokenise
 from accel_trainer.differences import PLACES
 from accel_trainer.errors import UserError
+from accel_trainer.hardware import gather_object
 from accel_trainer.hub import is_on_hub, use_cache_if_unreachable
 from accel_trainer.hub_data import hub_id
 from accel_trainer.model import build_model, load_config, weights_sha256

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
+from uuid import uuid4
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -21,8 +21,17 @@ from accel_trainer import artifacts, checkpoint, hardware
 from accel_trainer.batching import smaller_budget
 from accel_trainer.classifier import Classifier
 from accel_trainer.differences import differences, flat, in_groups
-from accel_trainer.errors import OutOfMemory, RunFolderError, TrainingFailed, UserError
+from accel_trainer.errors import (
+    AccelTrainerError,
+    Interrupted,
+    OutOfMemory,
+    ProcessLost,
+    RunFolderError,
+    TrainingFailed,
+    UserError,
+)
 from accel_trainer.feed import Feed, StepWork
+from accel_trainer.hardware import gather_object
 from accel_trainer.inputs import Inputs, mathematics
 from accel_trainer.layout import choose_layout
 from accel_trainer.memory import training_needs
@@ -38,7 +47,7 @@ from accel_trainer.origin import Origin
 from accel_trainer.plan import TrainingPlan
 from accel_trainer.recipe_file import to_yaml
 from accel_trainer.redaction import without_secrets
-from accel_trainer.run_folder import RunFolder, write_json, write_text
+from accel_trainer.run_folder import LAST_WORDS, RunFolder, write_json, write_text
 from accel_trainer.tokenization import tokenizer_sha256
 from accel_trainer.tracking import logger, start_trackers, track
 
@@ -357,14 +366,12 @@ def check_state(path: Path, saved: dict[str, Any]) -> None:
         )
 
 
-def restore(run: Run, path: Path, allow_changed: Sequence[str], *, keep_token_budget: bool) -> None:
-    """Continue from a checkpoint: weights, optimizer, schedule, scaler and state are those of the saved step.
+def check_same_training(run: Run, path: Path, saved: dict[str, Any], allow_changed: Sequence[str]) -> None:
+    """See that a checkpoint is of this run's mathematics, but for the keys that may have changed.
 
     Raises:
-        RunFolderError: the checkpoint is damaged, or of another recipe or other data than the run's.
+        RunFolderError: it is of another recipe or other data.
     """
-    weights, tensors, saved = checkpoint.load_checkpoint(path)
-    check_state(path, saved)
     now_in_force = mathematics(run.inputs)
     known = [*flat(saved["mathematics"]), *flat(now_in_force)]
     for allowed in allow_changed:
@@ -382,9 +389,43 @@ def restore(run: Run, path: Path, allow_changed: Sequence[str], *, keep_token_bu
             f"{path} was trained otherwise:\n{in_groups(changed, 'in the checkpoint', 'now')}\n"
             "Restore these values, start afresh in another --output_dir, or name each with --allow_changed KEY"
         )
+
+
+@dataclass
+class Saved:
+    """A checkpoint, read."""
+
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]  # trainer_state.json
+
+
+def read_checkpoint(run: Run, path: Path, allow_changed: Sequence[str]) -> Saved:
+    """Read a checkpoint that the run can go on from.
+
+    Raises:
+        RunFolderError: it is damaged, or of another recipe, other data or another model than the run's.
+    """
+    weights, tensors, state = checkpoint.load_checkpoint(path)
+    check_state(path, state)
+    check_same_training(run, path, state, allow_changed)
     shapes = {name: weight.shape for name, weight in run.inputs.model.state_dict().items()}
     if {name: weight.shape for name, weight in weights.items()} != shapes:
         raise RunFolderError(f"{path}: model.safetensors holds the weights of another model; use another checkpoint")
+    return Saved(weights, tensors, state)
+
+
+def restore(run: Run, found: Saved | None, *, keep_token_budget: bool) -> None:
+    """Continue from a checkpoint: weights, optimizer, schedule, scaler and state are those of the saved step. Collective.
+
+    Args:
+        run: prepared.
+        found: what the main process read; on others None, for they may see no disk of its machine.
+        keep_token_budget: take the checkpoint's.
+    """
+    saved = hardware.from_main_process(run.accelerator, None if found is None else found.state)
+    weights = hardware.tensors_from_main_process(run.accelerator, None if found is None else found.weights)
+    tensors = hardware.tensors_from_main_process(run.accelerator, None if found is None else found.optimizer)
     run.inputs.model.load_state_dict(weights)
     load_state_by_name(_inner(run.optimizer), run.inputs.model, tensors, saved["optimizer_values"])
     # Rates are a function of the step and of the recipe as it is now: what was allowed to change takes effect.
@@ -418,27 +459,20 @@ def continue_run(run: Run, path: Path | None, allow_changed: Sequence[str], *, k
     Raises:
         RunFolderError: the checkpoint is damaged, or of another recipe or other data than the run's.
     """
-    complaints: list[str] = []
-    if path is None:
-        path, complaints = checkpoint.newest_sound(run.folder.checkpoints)
-    for complaint in complaints:
-        logger.warning("%s", complaint)
+    found: Saved | None = None
     with hardware.together(run.accelerator):
-        if path is None and complaints:
-            raise RunFolderError(
-                f"{run.folder.checkpoints}: none of the checkpoints can be gone on from; bring one back, use the version that "
-                "wrote them, or start afresh in another --output_dir"
-            )
-        if path is not None:
-            restore(run, path, allow_changed, keep_token_budget=keep_token_budget)
+        if run.is_main:
+            path = path or newest_checkpoint(run.folder)
+            found = None if path is None else read_checkpoint(run, path, allow_changed)
+    steps = hardware.from_main_process(run.accelerator, None if found is None else found.state["state"]["step"])
+    with hardware.together(run.accelerator):
+        if path is None and not run.is_main and not run.folder.is_shared:
+            check_left_behind(run.folder, steps or 0)
+    if steps is not None:
+        restore(run, found, keep_token_budget=keep_token_budget)
     if keep_token_budget:  # and what a process out of memory asked for
-        run.max_tokens = min(gather_object([min(run.max_tokens, run.folder.token_budget() or run.max_tokens)]))
-    steps = gather_object([run.state.step])
-    if len(set(steps)) > 1:
-        raise RunFolderError(
-            f"{run.folder.path}: the processes see checkpoints of different steps ({', '.join(map(str, steps))}); "
-            "--output_dir must lie on storage that all machines share"
-        )
+        asked = hardware.from_main_process(run.accelerator, run.folder.token_budget() if run.is_main else None)
+        run.max_tokens = min(gather_object([min(run.max_tokens, asked or run.max_tokens)]))
     with hardware.together(run.accelerator):
         if run.is_main:  # before anything that they refer to is changed: whoever is killed now goes on from here again
             checkpoint.abandon_later(run.folder.checkpoints, run.state.step)
@@ -451,6 +485,94 @@ def continue_run(run: Run, path: Path | None, allow_changed: Sequence[str], *, k
         if run.is_main:
             run.folder.cut_metrics(run.state.step, run.state.evaluated_step)
     run.accelerator.wait_for_everyone()
+
+
+def newest_checkpoint(folder: RunFolder) -> Path | None:
+    """The newest sound checkpoint, None if there is none; the damaged ones are told of.
+
+    Raises:
+        RunFolderError: there are some, and none is sound.
+    """
+    path, complaints = checkpoint.newest_sound(folder.checkpoints)
+    for complaint in complaints:
+        logger.warning("%s", complaint)
+    if path is None and complaints:
+        raise RunFolderError(
+            f"{folder.checkpoints}: none of the checkpoints can be gone on from; bring one back, use the version that "
+            "wrote them, or start afresh in another --output_dir"
+        )
+    return path
+
+
+def check_left_behind(folder: RunFolder, step: int) -> None:
+    """See that this machine, which does not share the main process's storage, holds nothing that it lacks.
+
+    Raises:
+        RunFolderError: it does: it was the first machine of an earlier launch, perhaps.
+    """
+    later = [path for saved, path in checkpoint.checkpoints(folder.checkpoints) if saved > step]
+    if later:
+        raise RunFolderError(
+            f"{later[-1]} lies on a machine whose storage the first one does not share, and is later than what lies there "
+            f"(step {step}): launch with that machine as the first, copy the checkpoint to it, or move it away"
+        )
+
+
+def find_folder(accelerator: Accelerator, folder: RunFolder) -> bool:
+    """Let each process know whether it sees the main process's run folder, on storage that they share. Collective.
+
+    Returns:
+        whether all of them do.
+    """
+    mark = hardware.from_main_process(accelerator, uuid4().hex)
+    with ExitStack() as around:
+        with hardware.together(accelerator):
+            if accelerator.is_main_process:
+                around.enter_context(folder.marked(mark))
+        folder.is_shared = folder.sees(mark)
+        apart = gather_object([not folder.is_shared])  # which also keeps the mark there until all have looked
+    if any(apart):
+        logger.info(
+            "note: %d of %d processes do not see %s: it is written by the first machine alone, and what they need of it is "
+            "sent to them",
+            sum(apart),
+            len(apart),
+            folder.path,
+        )
+    return not any(apart)
+
+
+@contextmanager
+def heard_by_main(accelerator: Accelerator, folder: RunFolder) -> Iterator[None]:
+    """Let the main process know why another one ends first, which can say so in no file that they share.
+
+    Raises:
+        Interrupted, TrainingFailed: on the main process, in the place of `ProcessLost`, where the other one told.
+    """
+    try:
+        yield
+    except ProcessLost as error:
+        end = time.monotonic() + LAST_WORDS
+        while accelerator.is_main_process and time.monotonic() < end:
+            told = hardware.word_left()
+            if told:
+                if told["max_tokens"] is not None:
+                    with suppress(RunFolderError):  # a full disk is not what ends the run
+                        folder.set_token_budget(told["max_tokens"])
+                raise (Interrupted if told["interrupted"] else TrainingFailed)(told["reason"]) from error
+            time.sleep(0.05)
+        raise
+    except BaseException as error:
+        if not accelerator.is_main_process:
+            reason = str(error) if isinstance(error, AccelTrainerError) else f"{type(error).__name__}: {error}"
+            hardware.leave_word(
+                {
+                    "interrupted": isinstance(error, Interrupted),
+                    "reason": without_secrets(reason),
+                    "max_tokens": getattr(error, "max_tokens", None),
+                }
+            )
+        raise
 
 
 def fail_not_finite(run: Run, step: int, remedy: str) -> NoReturn:
@@ -503,8 +625,10 @@ def halve_token_budget(run: Run, error: OutOfMemory) -> None:
         "line again with --resume (and without --max_tokens_per_device), and it goes on with micro-batches of "
         f"{run.max_tokens} tokens"
     )
-    with suppress(RunFolderError):  # a full disk is not what ends the run
-        run.folder.set_token_budget(run.max_tokens)
+    ended.max_tokens = run.max_tokens
+    if run.is_main or run.folder.is_shared:
+        with suppress(RunFolderError):  # a full disk is not what ends the run
+            run.folder.set_token_budget(run.max_tokens)
     raise ended from error
 
 

@@ -71,6 +71,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.is_shared = True  # whether this process sees what the main process writes; asked for when they have met
         self.recipe = path / "recipe.yaml"
         self.run = path / "run.json"
         self.metrics = path / "metrics.jsonl"
@@ -90,6 +91,23 @@ class RunFolder:
     def holds_a_run(self) -> bool:
         """Whether a run got as far here as to leave something worth keeping."""
         return any(path.exists() for path in (self.metrics, self.checkpoints, self.best, self.model))
+
+    @contextmanager
+    def marked(self, mark: str) -> Iterator[None]:
+        """Let a mark lie in the folder while the block lasts, which `sees` finds on machines that share its storage."""
+        path = self._mark(mark)
+        path.touch()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+    def sees(self, mark: str) -> bool:
+        """Whether a mark lies in the folder."""
+        return self._mark(mark).exists()
+
+    def _mark(self, mark: str) -> Path:
+        return self.path / f".{mark}.writing"  # which the next start sweeps away, should this process be killed
 
     @contextmanager
     def locked(self, patience: float = 0.0) -> Iterator[None]:
@@ -249,10 +267,12 @@ def watched(folder: RunFolder, is_main_process: bool) -> Iterator[Watch]:
     Raises:
         Interrupted, TrainingFailed: in the place of `ProcessLost`, where the other process told why it went.
     """
-    watch = Watch(folder.status().get("step") or 0)  # of the run that is resumed, until its checkpoint is read
+    has_status = is_main_process or folder.is_shared
+    # Of the run that is resumed, until its checkpoint is read.
+    watch = Watch(folder.status().get("step") or 0 if has_status else 0)
 
     def report(state: State, code: int | None = None, reason: str | None = None) -> None:
-        if is_main_process or folder.status().get("state") == "running":
+        if is_main_process or (folder.is_shared and folder.status().get("state") == "running"):
             folder.set_status(state, watch.steps_done(), code, reason)
 
     with handling(
@@ -264,13 +284,13 @@ def watched(folder: RunFolder, is_main_process: bool) -> Iterator[Watch]:
             yield watch
         except BaseException as error:
             ended = error
-            if isinstance(error, ProcessLost):
+            if isinstance(error, ProcessLost) and has_status:
                 told = _last_words(folder)
                 if told.get("state") == "interrupted":
                     ended = Interrupted(told["reason"])
                 elif told.get("state") == "failed":
                     ended = TrainingFailed(told["reason"])
-            elif isinstance(error, Interrupted) and folder.status().get("state") == "failed":
+            elif isinstance(error, Interrupted) and has_status and folder.status().get("state") == "failed":
                 raise  # another process failed, and the launcher ended this one
             if isinstance(ended, Interrupted):
                 report("interrupted", ended.exit_code, str(ended))

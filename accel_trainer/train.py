@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from safetensors.torch import load_file
 
 from accel_trainer import artifacts, checkpoint, hardware, metrics, rehearsal
@@ -43,7 +42,7 @@ from accel_trainer.errors import (
 )
 from accel_trainer.evaluation import Logits, predict_logits
 from accel_trainer.feed import LoadedMicroBatch
-from accel_trainer.hardware import lost_processes_named, out_of_memory_named
+from accel_trainer.hardware import gather_object, lost_processes_named, out_of_memory_named
 from accel_trainer.inputs import read_inputs_together
 from accel_trainer.loss import Tally, example_losses
 from accel_trainer.optim import clip_gradients
@@ -56,7 +55,9 @@ from accel_trainer.run import (
     StepStatistics,
     continue_run,
     fail_not_finite,
+    find_folder,
     halve_token_budget,
+    heard_by_main,
     prepare,
     record,
     save,
@@ -109,7 +110,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = {name: value for name, value in vars(arguments).items() if name not in ("recipe", "overrides")}
     try:
         with interrupted_by_signals():
-            train_recipe(origin_of(arguments.recipe, arguments.overrides), **options)
+            with hardware.told_to_other_machines(arguments.ddp_timeout):
+                origin = origin_of(arguments.recipe, arguments.overrides)
+            train_recipe(origin, **options)
     except AccelTrainerError as error:
         if is_first or isinstance(error, OutOfMemory | ProcessLost):  # which not every process knows of
             complain(error)
@@ -131,7 +134,9 @@ def train_recipe(origin: Origin, output_dir: Path | None = None, **options: Any)
     folder = (output_dir or Path("runs") / origin.name).absolute()
     chosen = Options(output_dir=folder, origin=origin, **options)
     try:
-        return train(load_recipe(origin.path, origin.overrides), chosen)
+        with hardware.told_to_other_machines(chosen.ddp_timeout):
+            recipe = load_recipe(origin.path, origin.overrides)
+        return train(recipe, chosen)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0" and not chosen.dry_run:
             RunFolder(folder).note_mistake(error, resume=chosen.resume)
@@ -160,7 +165,11 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any]:
                 if options.dry_run:
                     around.enter_context(rehearsal.leaving_nothing(folder))
                 around.enter_context(opened(folder, resume=options.resume))
+        with lost_processes_named(accelerator):
+            all_share = find_folder(accelerator, folder)
         watch = around.enter_context(watched(folder, accelerator.is_main_process))
+        if not all_share:
+            around.enter_context(heard_by_main(accelerator, folder))
         around.enter_context(interrupted_by_signals())
         around.enter_context(lost_processes_named(accelerator))
         inputs = read_inputs_together(accelerator, recipe, trust_remote_code=options.trust_remote_code)
@@ -218,8 +227,9 @@ def rehearse(run: Run, stop: StopRequest) -> dict[str, Any]:
     except Interrupted:
         if run.state.step < rehearsal.STEPS or stop.agreed(run.accelerator, now=True):
             raise
-    first_time = rehearsal.losses(run.folder)
-    continue_run(run, checkpoint.checkpoints(run.folder.checkpoints)[0][1], (), keep_token_budget=True)
+    first_time = rehearsal.losses(run.folder) if run.is_main else []
+    first = checkpoint.checkpoints(run.folder.checkpoints)[0][1] if run.is_main else None
+    continue_run(run, first, (), keep_token_budget=True)
     fit(run, stop)
     results = finish(run, stop)
     if run.is_main:
@@ -515,13 +525,16 @@ def take_best_weights(run: Run) -> int:
     """
     if not run.inputs.recipe.saving.load_best_model_at_end or run.state.best_step is None:
         return run.state.step
+    weights: dict[str, torch.Tensor] | None = None
     with hardware.together(run.accelerator):
-        if run.folder.weights_step(run.folder.best) != run.state.best_step:
-            raise RunFolderError(
-                f"{run.folder.best}: the weights of step {run.state.best_step} are not there or damaged; bring them back, or set "
-                "saving.load_best_model_at_end=false, and run again with --resume"
-            )
-        run.inputs.model.load_state_dict(load_file(run.folder.best / "model.safetensors"))
+        if run.is_main:
+            if run.folder.weights_step(run.folder.best) != run.state.best_step:
+                raise RunFolderError(
+                    f"{run.folder.best}: the weights of step {run.state.best_step} are not there or damaged; bring them back, or "
+                    "set saving.load_best_model_at_end=false, and run again with --resume"
+                )
+            weights = load_file(run.folder.best / "model.safetensors")
+    run.inputs.model.load_state_dict(hardware.tensors_from_main_process(run.accelerator, weights))
     return run.state.best_step
 
 

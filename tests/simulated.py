@@ -80,7 +80,7 @@ class Rank:
 
     def reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor:
         assert reduction == "sum"
-        return torch.stack(self.group.exchange(self.process_index, tensor.clone())).sum(0)
+        return torch.stack(self.group.exchange(self.process_index, tensor.clone())).sum(0, dtype=tensor.dtype)
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         return torch.cat(self.group.exchange(self.process_index, tensor.clone()))

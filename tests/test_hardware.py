@@ -7,7 +7,9 @@ import platform
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +18,7 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from harness import OneOfMany, alone_on_the_cpu
+from torch.distributed import HashStore, Store
 
 from accel_trainer import hardware
 from accel_trainer.accelerate_keys import REFUSED
@@ -53,6 +56,31 @@ def test_ddp_does_not_broadcast_buffers() -> None:
     assert accelerator.step_scheduler_with_optimizer is False
 
 
+def test_values_travel_as_text_on_tpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate's own `gather_object` raises there. The other process brings a longer text."""
+    own, other = [None, "schön"], [{"step": 17, "reason": "another one is out of memory"}, 0.5]
+
+    def padded(text: torch.Tensor, pad_index: int) -> torch.Tensor:
+        sent.extend(
+            [[*text.tolist(), *[pad_index] * 100][:100], [*json.dumps(other).encode(), *[pad_index] * 100][:100]]
+        )
+        return torch.tensor(sent[0])
+
+    sent: list[list[int]] = []
+    state = SimpleNamespace(distributed_type=DistributedType.XLA, device=torch.device("cpu"))
+    monkeypatch.setattr(hardware, "PartialState", lambda: state)
+    monkeypatch.setattr(hardware, "pad_across_processes", padded)
+    monkeypatch.setattr(hardware, "gather", lambda _: torch.tensor(sent).flatten())
+    assert hardware.gather_object(own) == [*own, *other]
+
+
+def test_processes_that_torch_xla_starts_know_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have no WORLD_SIZE."""
+    accelerator = SimpleNamespace(distributed_type=DistributedType.XLA, num_processes=8, log_with=[])
+    monkeypatch.setattr(hardware, "Accelerator", lambda **_: accelerator)
+    assert hardware.start_accelerator() is accelerator
+
+
 @pytest.mark.parametrize("kind", map(DistributedType, REFUSED))
 def test_what_owns_the_step_is_refused(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = SimpleNamespace(num_processes=1, distributed_type=kind, log_with=[])
@@ -70,18 +98,103 @@ def test_a_config_that_accelerate_refuses(monkeypatch: pytest.MonkeyPatch) -> No
         hardware.start_accelerator()
 
 
-@pytest.mark.parametrize(
-    ("restarts", "hosts", "place"),
-    [(None, 1, "env"), ("0", 1, "env"), ("1", 1, "restarted"), ("2", 1, "restarted"), ("1", 2, "env")],
-)
-def test_processes_that_are_started_again_meet_elsewhere(
-    monkeypatch: pytest.MonkeyPatch, restarts: str | None, hosts: int, place: str
+@pytest.mark.parametrize("keeps_its_store", [True, False])
+def test_processes_of_an_agent_that_keeps_its_store_meet_in_a_room(
+    monkeypatch: pytest.MonkeyPatch, keeps_its_store: bool
 ) -> None:
-    variables = {"WORLD_SIZE": str(2 * hosts), "LOCAL_WORLD_SIZE": "2"}
-    for name, value in {**variables, **({} if restarts is None else {"TORCHELASTIC_RESTART_COUNT": restarts})}.items():
-        monkeypatch.setenv(name, value)
-    assert hardware.meeting_place() == f"{place}://"
-    assert hardware.meeting_place() == f"{place}://"
+    store = HashStore()
+    monkeypatch.setattr(hardware, "_STORES", [])
+    monkeypatch.setattr(hardware, "rendezvous", lambda _url, **_: iter([(store, 0, 1)]))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(keeps_its_store))
+    for _ in range(2):
+        assert hardware.meeting_place() == "room://"
+    found = [next(hardware._room_of_this_attempt("room://"))[0] for _ in range(2)]
+    for place in found:
+        place.set("address", "of this attempt")
+    assert store.check(["address"]) is not keeps_its_store
+    assert (found[0].num_keys(), found[1] is store) == ((2, False) if keeps_its_store else (1, True))
+
+
+def test_the_first_word_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "_STORES", [])
+    hardware.leave_word({"reason": "to nobody"})
+    assert hardware.word_left() == {}
+    monkeypatch.setattr(hardware, "_STORES", [HashStore()])
+    assert hardware.word_left() == {}
+    hardware.leave_word({"reason": "out of memory"})
+    hardware.leave_word({"reason": "ended by the launcher"})
+    assert hardware.word_left() == {"reason": "out of memory"}
+
+
+def rooms(store: Store, world_size: int) -> list[str]:
+    """What the processes of an attempt agree on."""
+    with ThreadPoolExecutor(world_size) as pool:
+        return list(pool.map(lambda rank: hardware.agreed_room(store, rank, world_size), reversed(range(world_size))))
+
+
+def test_every_attempt_has_a_room_of_its_own() -> None:
+    store = HashStore()
+    store.set_timeout(timedelta(seconds=20))
+    store.set("asks 1", "of one that was killed before it was answered")
+    found = [rooms(store, size) for size in (2, 3, 1, 2, 3)]
+    assert [len(rooms) for rooms in found] == [2, 3, 1, 2, 3]
+    assert all(len(set(rooms)) == 1 for rooms in found)
+    assert len({rooms[0] for rooms in found}) == 5
+
+
+def test_a_process_that_never_comes_is_not_waited_for_without_end() -> None:
+    store = HashStore()
+    store.set_timeout(timedelta(seconds=0.2))
+    store.set("asks 2", "of an earlier attempt")
+    with pytest.raises(torch.distributed.DistStoreError, match="process 1 of 3 did not come within 0 seconds"):
+        hardware.agreed_room(store, 0, 3)
+
+
+class Sum:
+    """Process `index` of two, whose other process brings what was recorded of it."""
+
+    device = torch.device("cpu")
+    num_processes = 2
+
+    def __init__(self, is_main: bool, others: Sequence[torch.Tensor] = ()) -> None:
+        self.is_main_process, self.others = is_main, list(others)
+        self.brought: list[torch.Tensor] = []
+
+    def reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor:
+        assert reduction == "sum"
+        self.brought.append(tensor.clone())
+        return tensor + self.others.pop(0) if self.others else tensor
+
+
+@pytest.mark.parametrize("at_once", [2**26, 5])
+def test_tensors_come_from_the_main_process_to_the_bit(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "SENT_AT_ONCE", at_once)
+    tensors = {
+        "floats": torch.tensor([[1.5, -0.0, float("nan")], [float("inf"), 1e-40, 3.0]]),
+        "turned": torch.arange(6.0).reshape(2, 3).T,
+        "half": torch.tensor([0.1, 7.0], dtype=torch.bfloat16),
+        "step": torch.tensor(12.0),
+        "mask": torch.tensor([True, False]),
+        "none": torch.zeros(0, 4),
+    }
+    first: Any = Sum(is_main=True)
+    assert hardware.tensors_from_main_process(first, tensors).keys() == tensors.keys()
+    second: Any = Sum(is_main=False, others=first.brought)
+    found = hardware.tensors_from_main_process(second, None)
+    assert second.others == []
+    assert all(tensor.count_nonzero() == 0 for tensor in second.brought)
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(*(each.contiguous().reshape(-1).view(torch.uint8) for each in (found[name], tensor)))
+
+
+@pytest.mark.parametrize("value", [None, 3, {"a": [1.5, "好"], "b": {"inf": float("inf")}}])
+def test_a_value_comes_from_the_main_process(value: Any) -> None:
+    first: Any = Sum(is_main=True)
+    assert hardware.from_main_process(first, value) == value
+    second: Any = Sum(is_main=False, others=first.brought)
+    assert hardware.from_main_process(second, "left aside") == value
 
 
 @pytest.mark.parametrize("seconds", [0, -5])
@@ -221,6 +334,34 @@ def test_a_mistake_on_one_process_is_raised_on_all(monkeypatch: pytest.MonkeyPat
         pass
     with pytest.raises(DataError, match="alone"), hardware.together(others_say(monkeypatch)):
         raise DataError("alone")
+
+
+@pytest.mark.parametrize(("everywhere", "here", "met"), [("1", None, 0), ("2", "2", 0), ("2", "1", 1), ("4", "2", 1)])
+def test_a_mistake_before_the_processes_meet_is_told_to_other_machines(
+    monkeypatch: pytest.MonkeyPatch, everywhere: str, here: str | None, met: int
+) -> None:
+    times: list[int] = []
+    told: list[Any] = []
+
+    def start(*, timeout: int) -> Any:
+        times.append(timeout)
+        return SimpleNamespace(num_processes=2)
+
+    def gather(own: Any) -> Any:
+        told.extend(own)
+        return [*own, None]
+
+    monkeypatch.setenv("WORLD_SIZE", everywhere)
+    if here is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+    monkeypatch.setattr(hardware, "start_accelerator", start)
+    monkeypatch.setattr(hardware, "gather_object", gather)
+    with pytest.raises(DataError, match="no such file"), hardware.told_to_other_machines(7):
+        raise DataError("no such file")
+    assert (times, told) == ([7] * met, ["no such file"] * met)
+    with hardware.told_to_other_machines(7):
+        pass
+    assert len(times) == met
 
 
 @pytest.mark.parametrize("fails", [True, False])

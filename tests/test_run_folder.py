@@ -247,6 +247,31 @@ def test_only_the_main_process_writes_status(folder: RunFolder) -> None:
     assert not folder.path.exists()
 
 
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_a_process_that_does_not_share_the_folder_neither_reads_nor_writes_it(
+    folder: RunFolder, is_shared: bool
+) -> None:
+    folder.is_shared = is_shared
+    folder.set_status("running", 4)  # of an earlier launch, where this machine was the first
+    with pytest.raises(TrainingFailed), watched(folder, is_main_process=False) as watch:
+        assert watch.steps_done() == (4 if is_shared else 0)
+        raise TrainingFailed("nan")
+    assert folder.status()["state"] == ("failed" if is_shared else "running")
+
+
+def test_a_mark_is_seen_while_it_lasts_and_swept_when_it_is_left(folder: RunFolder) -> None:
+    folder.path.mkdir()
+    with folder.marked("abc"):
+        assert folder.sees("abc")
+        assert not RunFolder(folder.path.parent / "another").sees("abc")
+        assert not folder.sees("abd")
+        left = [path.name for path in folder.path.iterdir()]
+    assert not folder.sees("abc")
+    (folder.path / left[0]).touch()
+    open_and_close(folder, resume=True)
+    assert [path.name for path in folder.path.iterdir()] == [".lock"]
+
+
 @pytest.mark.parametrize("end", [end for end in ENDS if end not in ("done", "interrupted")])
 def test_an_error_is_not_hidden_by_the_full_disk_it_came_from(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch, end: str

@@ -1,0 +1,442 @@
+"""Many files are divided into parts once, mistakes are told before anything is computed, and what is there can be read as one."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from harness import alone_on_the_cpu
+from support import reviews, write_csv
+from tiny_model import write_model
+
+from accel_trainer import bulk_prediction, predict
+from accel_trainer.bulk_inputs import Input, find_inputs, output_name
+from accel_trainer.bulk_prediction import MANIFEST, Options, _in_turn, prepare, work
+from accel_trainer.claims import Claims
+from accel_trainer.errors import Interrupted
+from accel_trainer.predict import load_predictor, predict_file
+from accel_trainer.signals import interrupted_by_signals
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "model")
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    with alone_on_the_cpu(tmp_path / "cache"):
+        yield
+
+
+def rows_of(first: int, last: int) -> list[dict[str, Any]]:
+    return [{"id": i, "text": text} for i, (text, _) in enumerate(reviews(last))][first:]
+
+
+def write(path: Path, rows: list[dict[str, Any]], group: int | None = None) -> Path:
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=group)
+    elif path.suffix == ".csv":
+        write_csv(path, [list(row.values()) for row in rows], list(rows[0]))
+    else:
+        text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+    return path
+
+
+def label(model: Path, *patterns: str, output: str = "out", **options: Any) -> None:
+    work(prepare(str(model), Options(list(patterns) or ["in/*"], Path(output), **options)))
+
+
+def run(model: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    """The command line: its exit code and what it said to stderr."""
+    code = predict.main([str(model), *arguments])
+    return code, capsys.readouterr().err
+
+
+def files(folder: str = "out") -> list[str]:
+    return sorted(str(path) for path in Path(folder).glob("*/part-*"))
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+
+def test_the_folder_is_read_as_one_table_in_order_by_all(model: Path) -> None:
+    """Names that sort otherwise as folders than as files, and that readers would hide or take for columns."""
+    names = ["x-1.parquet", "x.1.jsonl.gz", "x.parquet", "_l=en.parquet"]
+    order = sorted(names, key=lambda name: f"{output_name(Path(name))}/")
+    assert [output_name(Path(name)) for name in order] == ["l-en", "x-1", "x.1", "x"]
+    for i, name in enumerate(order):
+        write(Path("in") / name, rows_of(20 * i, 20 * i + 20))
+    assert list(find_inputs(["in/*"], Path("out"))) == ["l-en", "x-1", "x.1", "x"]
+    label(model, rows_per_file=7)
+    found = pd.read_parquet("out")
+    assert found["id"].tolist() == list(range(80))
+    assert list(found.columns) == ["id", "text", "prediction", "probabilities"]
+    assert found["text"].tolist() == [row["text"] for row in rows_of(0, 80)]
+    assert datasets.load_dataset("out", split="train")["id"][:] == list(range(80))
+    by_pattern = datasets.load_dataset("parquet", data_files="out/*/*.parquet", split="train")
+    assert by_pattern["id"][:] == list(range(80))
+
+
+@pytest.mark.parametrize("format", ["parquet", "jsonl", "csv"])
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv"])
+def test_the_rows_are_those_of_the_file_form(model: Path, kind: str, format: str) -> None:
+    rows = rows_of(0, 43)
+    rows[3]["text"], rows[30]["text"] = '=good, "very"\nsoup 面', ""
+    source = write(Path("in") / f"a.{kind}", rows, group=9)
+    predict_file(load_predictor(str(model)), source, Path(f"one.{format}"), None)
+    label(model, format=format, rows_per_file=10)
+    assert len(files()) == 5
+    if format == "parquet":
+        one, many = pq.read_table("one.parquet"), pa.concat_tables(map(pq.read_table, files()))
+        assert one.schema == many.schema
+        records = [table.to_pylist() for table in (one, many)]
+    elif format == "jsonl":
+        texts = Path("one.jsonl").read_text(encoding="utf-8"), "".join(Path(p).read_text("utf-8") for p in files())
+        records = [[json.loads(line) for line in text.splitlines()] for text in texts]
+    else:
+        frames = pd.read_csv("one.csv", dtype=str), pd.concat([pd.read_csv(path, dtype=str) for path in files()])
+        assert "'=good" in frames[0]["text"][3]
+        records = [frame.fillna("").to_dict("records") for frame in frames]
+    one, many = records
+    assert len(one) == 43
+    for ours, theirs in zip(many, one, strict=True):
+        shares = [flat_shares(record) for record in (ours, theirs)]
+        assert ours == theirs
+        assert shares[0] == pytest.approx(shares[1], abs=1e-6)
+    assert len({record["prediction"] for record in one}) == 2
+
+
+def flat_shares(record: dict[str, Any]) -> list[float]:
+    """The probabilities of a record, taken out of it."""
+    named = record.pop("probabilities", None)
+    return list(named.values()) if named else [float(record.pop(f"probability_{name}")) for name in ("bad", "good")]
+
+
+def test_columns_come_as_they_were(model: Path) -> None:
+    """Kinds of cells that no Python object holds; an all-null column beside one of numbers; columns in another order."""
+    table = pa.table({
+        "text": pa.array(["good soup", "bad"]).dictionary_encode(),
+        "at": pa.array([1, 2**60 + 1], pa.timestamp("ns")),
+        "n": pa.array([7, 2**53 + 1], pa.int64()),
+        "list": pa.array([[1.5], None], pa.list_(pa.float32())),
+        "nothing": pa.array([None, None], pa.null()),
+        "prediction": ["old", "old"],
+    })  # fmt: skip
+    pq.write_table(table, "in/a.parquet")
+    other = table.set_column(4, "nothing", pa.array([1, 2], pa.int16())).select(
+        ["n", "nothing", "at", "list", "text", "prediction"]
+    )
+    pq.write_table(other, "in/b.parquet")
+    label(model)
+    one, two = map(pq.read_table, files())
+    assert one.column_names == ["text", "at", "n", "list", "nothing", "prediction", "probabilities"]
+    assert one.schema == two.schema
+    assert one.schema.field("nothing").type == pa.int16()
+    for name in ("at", "n", "list"):
+        assert one.column(name).equals(table.column(name))
+        assert two.column(name).equals(table.column(name))
+    assert set(one.column("prediction").to_pylist()) <= {"good", "bad"}
+
+
+def test_a_file_without_rows_keeps_its_columns(model: Path) -> None:
+    pq.write_table(pa.schema([("text", pa.string())]).empty_table(), "in/a.parquet")
+    label(model)
+    assert pq.read_table("out/a/part-00000.parquet").column_names == ["text", "prediction", "probabilities"]
+
+
+def test_pairs(model: Path) -> None:
+    rows = [{"a": text, "b": other} for (text, _), (other, _) in zip(reviews(9), reviews(9, seed=3), strict=True)]
+    write(Path("in/a.parquet"), rows)
+    label(model, text_column="a", text_pair_column="b")
+    predict_file(load_predictor(str(model)), Path("in/a.parquet"), Path("one.parquet"), "a", "b")
+    assert pq.read_table(files()[0]).to_pylist() == pq.read_table("one.parquet").to_pylist()
+
+
+@pytest.mark.parametrize(
+    ("groups", "most", "parts"),
+    [
+        ((), 10, [(0, 0)]),
+        ((0,), 10, [(0, 0)]),
+        ((5,), 10, [(0, 5)]),
+        ((10, 10), 10, [(0, 10), (10, 20)]),
+        ((4, 4, 4, 4), 10, [(0, 8), (8, 16)]),
+        ((4, 25, 4), 10, [(0, 4), (4, 14), (14, 24), (24, 33)]),
+        ((20, 0, 1), 10, [(0, 10), (10, 20), (20, 21)]),
+    ],
+)
+def test_parts(groups: tuple[int, ...], most: int, parts: list[tuple[int, int]]) -> None:
+    source = Input(Path("a.parquet"), "a", 0, 0, pa.schema([]), groups)
+    assert source.parts(most) == parts
+
+
+@pytest.mark.parametrize("bounds", [(0, 43), (0, 1), (8, 9), (9, 18), (5, 31), (42, 43)])
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_any_rows_are_read(model: Path, kind: str, bounds: tuple[int, int]) -> None:
+    write(Path("in") / f"a.{kind}", rows_of(0, 43), group=9)
+    source = prepare(str(model), Options(["in/*"], Path("out"))).parts[0].source
+    tables = list(source.tables(*bounds, 6))
+    assert [i for table in tables for i in table.column("id").to_pylist()] == list(range(*bounds))
+    assert all(len(table) < 12 for table in tables)
+    assert all(len(table) >= 6 for table in tables[:-1])
+
+
+def test_the_precision_of_the_launch(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(Path("in/a.parquet"), rows_of(0, 30))
+    label(model)
+    with alone_on_the_cpu(Path("cache").absolute()):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+        label(model, output="half")
+        with pytest.raises(bulk_prediction.RunFolderError, match="other values of mixed_precision"):
+            label(model)
+    whole, half = (np.asarray([list(r.values()) for r in pq.read_table(f)["probabilities"].to_pylist()])
+                   for f in (*files(), *files("half")))  # fmt: skip
+    assert 0 < np.abs(whole - half).max() < 0.05
+
+
+# --- who does what ----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_there_is_not_done_again(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(Path("in/a.parquet"), rows_of(0, 40))
+    label(model, rows_per_file=10)
+    before = {path: Path(path).stat().st_mtime_ns for path in files()}
+    gone = "out/a/part-00002.parquet"
+    Path(gone).unlink()
+    Path("out/a/.part-00002.parquet.77.writing").write_text("half")
+    called = []
+    label_rows = bulk_prediction.label_rows
+    monkeypatch.setattr(bulk_prediction, "label_rows", lambda *a: (called.append(len(a[1])), label_rows(*a))[1])
+    label(model, rows_per_file=10)
+    assert called == [10]
+    assert {path: Path(path).stat().st_mtime_ns for path in files() if path != gone}.items() <= before.items()
+    assert pd.read_parquet("out")["id"].tolist() == list(range(40))
+    assert not list(Path("out").rglob("*.writing"))
+
+
+def test_each_process_begins_with_its_own(model: Path) -> None:
+    write(Path("in/a.parquet"), rows_of(0, 50))
+    job = prepare(str(model), Options(["in/*"], Path("out"), rows_per_file=10))
+    job = bulk_prediction.Job(**{**vars(job), "process": 1, "processes": 2})
+    tried = [(part.number, wait) for part, wait in _in_turn(job, keeps_claims=True)]
+    assert tried == [(n, wait) for wait in (False, True) for n in (1, 3, 0, 2, 4)]
+    assert {part.number for part, _ in _in_turn(job, keeps_claims=False)} == {1, 3}
+
+
+def test_a_claim_is_one_processs_alone(tmp_path: Path) -> None:
+    claims = Claims(tmp_path / "claims")
+    with claims.claimed(3) as mine:
+        assert mine
+        assert in_a_child(tmp_path, 3, 4) == [False, True]
+    assert in_a_child(tmp_path, 3) == [True]
+    claims.close()
+
+
+def test_who_waits_for_a_claim_hears_signals_and_gets_it_when_the_holder_dies(tmp_path: Path) -> None:
+    told, tell = os.pipe()
+    child = os.fork()
+    if not child:
+        with Claims(tmp_path / "claims").claimed(3):
+            os.write(tell, b"held")
+            signal.pause()
+    os.read(told, 4)
+    claims = Claims(tmp_path / "claims")
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM))
+    try:
+        timer.start()
+        with pytest.raises(Interrupted), interrupted_by_signals(resumable=False), claims.claimed(3, wait=True):
+            raise AssertionError("two hold it")
+    finally:
+        os.kill(child, signal.SIGKILL)
+    with claims.claimed(3, wait=True) as mine:
+        assert mine
+    os.waitpid(child, 0)
+
+
+def in_a_child(folder: Path, *pieces: int) -> list[bool]:
+    child = os.fork()
+    if not child:
+        claims = Claims(folder / "claims")
+        granted = 0
+        for i, piece in enumerate(pieces):
+            with claims.claimed(piece) as mine:
+                granted |= mine << i
+        os._exit(granted)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return [bool(code >> i & 1) for i in range(len(pieces))]
+
+
+def test_a_file_system_without_locks(
+    model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("accel_trainer.claims.fcntl.lockf", refuse)
+    monkeypatch.setattr(bulk_prediction.logger, "propagate", True)
+    write(Path("in/a.parquet"), rows_of(0, 50))
+    for process in (1, 0):
+        job = prepare(str(model), Options(["in/*"], Path("out"), rows_per_file=10))
+        bulk_prediction.logger.propagate = True
+        work(bulk_prediction.Job(**{**vars(job), "process": process, "processes": 2}))
+        assert len(files()) == (2 if process else 5)
+    assert "out cannot be locked" in caplog.text
+
+
+def test_rows_without_text_and_formulas_are_told(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = rows_of(0, 30)
+    rows[12]["text"], rows[25]["text"], rows[26]["text"] = " ", "", "=1+1"
+    write(Path("in/a.parquet"), rows)
+    code, said = run(model, capsys, "--input", "in/*", "--output", "out", "--rows_per_file", "10", "--format", "csv")
+    assert code == 0
+    assert "in/a.parquet, row 13 and 1 more row: there is no text" in said
+    assert "out: 1 cell that a spreadsheet would run" in said
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+MISTAKES: dict[str, tuple[list[str], str]] = {
+    "no match": (["--input", "in/*.csv"], r"--input in/\*\.csv: there is no such file, seen from .*correct the path"),
+    "a folder": (["--input", "in"], r"--input in: this is a folder; name the files in it, such as 'in/\*\.parquet'"),
+    "an address": (["--input", "s3://b/a.parquet"], "only files of this machine"),
+    "no table": (["--input", "in/*", "other/notes.md"], r"notes\.md: its extension does not tell the format"),
+    "one name": (["--input", "in/*", "other/a.csv"], r"in/a\.parquet and .*other/a\.csv: both would be labelled into out/a"),
+    "output beside inputs": (["--output", "in"], "--output in: it and .* lie in one another"),
+    "output in inputs": (["--output", "in/out"], "--output in/out: it and .* lie in one another"),
+    "inputs in output": (["--output", "."], "there is something else in it|lie in one another"),
+    "a file": (["--output", "other/notes.md"], "other/notes.md: it is a file; name a folder"),
+    "the file form": (["--output", "out.csv"], "--output out.csv: this form writes a folder"),
+    "something else": (["--output", "other"], r"--output other: there is something else in it, such as a\.csv"),
+    "no column": (["--text_column", "review"], r"in/a\.parquet has no column 'review'; .*--text_column: id, text"),
+    "no pair column": (["--text_pair_column", "b"], "has no column 'b'; .*--text_pair_column"),
+    "in one of them": (["--input", "in/*", "other/z.jsonl"], r"other/z\.jsonl has no column 'text'"),
+    "numbers": (["--text_column", "id"], r"in/a\.parquet: column 'id' holds int64, not text"),
+    "columns differ": (["--input", "in/*", "other/w.jsonl"], r"w\.jsonl: the columns 'id', 'more' differ in name or type"),
+    "types differ": (["--input", "in/*", "other/v.csv"], r"v\.csv: the columns 'id' differ in name or type"),
+    "damaged": (["--input", "in/*", "other/d.parquet"], r"other/d\.parquet: the file is damaged"),
+    "a broken line": (["--input", "in/*", "other/e.jsonl"], r"other/e\.jsonl, line 2: this is not JSON"),
+    "null in parquet": (["--input", "in/*", "other/n.parquet"], r"n\.parquet, row 12: column 'text' holds no text"),
+    "null in jsonl": (["--input", "in/*", "other/m.jsonl"], r"m\.jsonl, row 2: column 'text' holds no text"),
+    "no rows": (["--rows_per_file", "0"], "--rows_per_file 0: give a number of rows"),
+    "no tokens": (["--max_tokens_per_device", "0"], "--max_tokens_per_device 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_told_before_anything_is_computed(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, mistake: str
+) -> None:
+    write(Path("in/a.parquet"), rows_of(0, 20))
+    other = Path("other")
+    other.mkdir()
+    (other / "notes.md").write_text("#")
+    write(other / "a.csv", rows_of(0, 3))
+    write(other / "v.csv", rows_of(0, 3))
+    write(other / "w.jsonl", [{"text": "good", "more": 1}])
+    write(other / "z.jsonl", [{"id": 1, "review": "good"}])
+    (other / "d.parquet").write_bytes(Path("in/a.parquet").read_bytes()[:-9])
+    (other / "e.jsonl").write_text('{"id": 1, "text": "good"}\n{"id": 1, \n')
+    write(
+        other / "n.parquet",
+        [{**row, "text": None if i in (11, 14) else row["text"]} for i, row in enumerate(rows_of(0, 20))],
+        5,
+    )
+    write(other / "m.jsonl", [{"id": 1, "text": "good"}, {"id": 2, "text": None}])
+    arguments, message = MISTAKES[mistake]
+    given = arguments if "--input" in arguments else ["--input", "in/*", *arguments]
+    given = given if "--output" in given else [*given, "--output", "out"]
+    monkeypatch.setattr(bulk_prediction, "label_rows", None)
+    before = set(Path().rglob("*"))
+    code, said = run(model, capsys, *given)
+    assert (code, said.count("error: ")) == (2, 1), said
+    assert re.search(message, said), said
+    assert "Traceback" not in said
+    left = {str(path) for path in set(Path().rglob("*")) - before if path.parts[0] != "cache"}
+    assert left <= {"out", f"out/{MANIFEST}", "out/.claims"}
+    assert not left or mistake == "no tokens"
+
+
+@pytest.mark.parametrize("changed", ["model", "input", "rows", "columns", "format", "fewer", "manifest"])
+def test_a_folder_of_another_job_is_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: str
+) -> None:
+    for name in ("a", "b"):
+        write(Path(f"in/{name}.parquet"), [{**row, "other": row["text"]} for row in rows_of(0, 20)])
+    same = ["--input", "in/*", "--output", "out"]
+    assert run(model, capsys, *same)[0] == 0
+    before = {path: Path(path).stat().st_mtime_ns for path in files()}
+    assert run(model, capsys, *same, "--max_tokens_per_device", "64")[0] == 0  # rounding only
+    expected = {
+        "model": "model.model.safetensors",
+        "input": "inputs.b.mtime_ns",
+        "rows": "rows_per_file",
+        "columns": "columns",
+        "format": "format",
+        "fewer": "inputs.b.path, inputs.b.bytes",
+        "manifest": "it is damaged",
+    }[changed]
+    more = {"rows": ["--rows_per_file", "5"], "columns": ["--text_column", "other"], "format": ["--format", "csv"]}
+    if changed == "model":
+        model = write_model(tmp_path / "another", seed=1)
+    elif changed == "input":
+        os.utime("in/b.parquet", ns=(1, 1))
+    elif changed == "fewer":
+        same[1] = "in/a*"
+    elif changed == "manifest":
+        Path("out", MANIFEST).write_text("{")
+    code, said = run(model, capsys, *same, *more.get(changed, []))
+    assert code == 2
+    assert expected in said
+    assert "delete this one" in said
+    assert {path: Path(path).stat().st_mtime_ns for path in files()} == before
+
+
+def test_a_disk_that_is_full_and_goes_on(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(Path("in/a.parquet"), rows_of(0, 40))
+    arguments = ["--input", "in/*", "--output", "out", "--rows_per_file", "10"]
+    label_rows, seen = bulk_prediction.label_rows, []
+
+    def full(*given: Any) -> Any:
+        seen.append(1)
+        if len(seen) == 3:
+            raise OSError(28, "No space left on device")
+        return label_rows(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bulk_prediction, "label_rows", full)
+        code, said = run(model, capsys, *arguments)
+    assert code == 2
+    assert "part-00002.parquet: No space left on device; make space" in said
+    assert len(files()) == 2
+    assert run(model, capsys, *arguments)[0] == 0
+    assert pd.read_parquet("out")["id"].tolist() == list(range(40))
+
+
+def test_names() -> None:
+    names = {"a.parquet": "a", "a.b.csv": "a.b", "a.jsonl.gz": "a", "a.zip": "a", "__x=1.csv": "x-1"}
+    assert {name: output_name(Path(name)) for name in names} == names
+
+
+def test_a_file_named_twice_is_labelled_once(tmp_path: Path) -> None:
+    write(Path("in/a.parquet"), rows_of(0, 2))
+    write(Path("in/[b].parquet"), rows_of(0, 2))
+    found = find_inputs(["in/*", "in/a.parquet", "in/[b].parquet", str(tmp_path / "in" / "a.parquet")], Path("out"))
+    assert sorted(found) == ["[b]", "a"]

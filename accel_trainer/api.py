@@ -63,7 +63,7 @@ def train(
             raise UserError(
                 "train: give overrides to load_recipe, and an output_dir, for a recipe that is loaded already"
             )
-        return trainer.train(recipe, trainer.Options(Path(output_dir).absolute(), **options))
+        return trainer.train(recipe, trainer.Options(Path(output_dir).expanduser().absolute(), **options))
     return trainer.train_recipe(
         origin_of(str(recipe), overrides), None if output_dir is None else Path(output_dir), **options
     )
@@ -98,6 +98,8 @@ def predict(
     pairs = [text_pairs] if isinstance(text_pairs, str) else text_pairs
     if pairs is not None and len(pairs) != len(listed):
         raise UserError(f"predict: {len(listed)} texts and {len(pairs)} second texts; give as many")
+    if not listed:
+        return []
     if isinstance(model, str | Path):
         model = load_predictor(
             str(model), max_tokens_per_device=max_tokens_per_device, trust_remote_code=trust_remote_code

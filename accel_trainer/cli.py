@@ -16,8 +16,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from accel_trainer.command_line import Parser, recipes_and_overrides
-from accel_trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER_MISTAKE, AccelTrainerError, UserError
-from accel_trainer.terminal import complain, print_table, say
+from accel_trainer.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_USER_MISTAKE,
+    AccelTrainerError,
+    UserError,
+)
+from accel_trainer.terminal import complain, print_table, say, write_any_text
 
 # --- recipes ----------------------------------------------------------------------------------------------------------
 
@@ -415,7 +422,8 @@ def _version() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; the exit code is 0, or 2 for the user's mistake, 1 for anything else."""
+    """Run a verb; the exit code is 0, or 2 for the user's mistake, 75 interrupted, 1 for anything else."""
+    write_any_text()
     verb, arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(message)s")  # to stderr
     logging.getLogger("accel_trainer").setLevel(logging.INFO)
@@ -424,6 +432,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except AccelTrainerError as error:
         complain(error)
         return error.exit_code
+    except KeyboardInterrupt:
+        say("interrupted", "yellow", stderr=True)
+        return EXIT_INTERRUPTED
     except BrokenPipeError:
         return EXIT_DONE
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from io import TextIOWrapper
 from typing import Literal
 
 from rich.cells import cell_len
@@ -36,6 +37,13 @@ def console(*, stderr: bool = False) -> Console:
         markup=False,
         emoji=False,
     )
+
+
+def write_any_text() -> None:
+    """Let a stream whose encoding lacks a character show its number in its place, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def styled(text: object, style: Style = "", *, stderr: bool = False) -> str:
@@ -86,6 +94,11 @@ def print_table(
         where.print(table)
     for line in capture.get().splitlines():  # rich fills every line up to the last column's width
         print(line.rstrip(" "))
+
+
+def gib(size: float) -> str:
+    """Bytes as people read them."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -43,6 +43,7 @@ def test_mistakes_are_raised(tmp_path: Path) -> None:
         accel_trainer.train(accel_trainer.load_recipe(recipe), "training.seed=7", output_dir=tmp_path / "run")
     with pytest.raises(TypeError, match="learning_rate"):
         accel_trainer.train(recipe, learning_rate=1)
+    assert accel_trainer.predict("nowhere", []) == []
     with pytest.raises(UserError, match="1 texts and 2 second texts"):
         accel_trainer.predict("nowhere", "one", ["a", "b"])
 

@@ -81,3 +81,11 @@ def test_colours_where_there_is_a_terminal_that_wants_them() -> None:
     assert screen.count("b") == 51
     assert "\x1b[31m" not in on_a_terminal(NO_COLOR="1")
     assert "\x1b" not in on_a_terminal(TERM="dumb")
+
+
+def test_a_stream_that_lacks_a_character_shows_its_number() -> None:
+    program = "from accel_trainer.terminal import *; write_any_text(); say('好'); complain(ValueError('好'))"
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "\\u597d\n", "error: \\u597d\n")

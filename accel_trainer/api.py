@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +59,11 @@ def train(
     from accel_trainer.origin import origin_of
     from accel_trainer.tracking import speak_on
 
+    unknown = sorted(options.keys() - {option.name for option in fields(trainer.Options)})
+    if unknown:
+        close = get_close_matches(unknown[0], [option.name for option in fields(trainer.Options)], 1)
+        guess = f"; did you mean {close[0]}?" if close else "; values of the recipe are given as section.key=value"
+        raise UserError(f"train: there is no option {unknown[0]}{guess}")
     speak_on(os.environ.get("RANK", "0") == "0")
     if isinstance(recipe, Recipe):
         if overrides or output_dir is None:
@@ -96,6 +103,9 @@ def predict(
 
     listed = [texts] if isinstance(texts, str) else list(texts)
     pairs = [text_pairs] if isinstance(text_pairs, str) else text_pairs
+    for i, text in enumerate([*listed, *(pairs or [])]):
+        if not isinstance(text, str):
+            raise UserError(f"predict: text {i % max(len(listed), 1)} is {text!r}; give texts")
     if pairs is not None and len(pairs) != len(listed):
         raise UserError(f"predict: {len(listed)} texts and {len(pairs)} second texts; give as many")
     if not listed:

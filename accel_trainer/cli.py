@@ -58,7 +58,7 @@ def check(arguments: argparse.Namespace) -> int:
     for name, mistakes in found.items():
         for mistake in mistakes:
             say(mistake, "red", stderr=True)
-        if not mistakes:
+        if not mistakes and (name in recipes or not any(found.values())):  # a config may not go with a recipe
             unread = "; its data were not read (--data reads them)" if name in recipes and not arguments.data else ""
             say(f"{name}: no mistakes{unread}", "green")
     if any(found.values()):
@@ -90,15 +90,16 @@ def look_at_data(recipes: Sequence[str], overrides: Sequence[str], *, trust_remo
 
 def plan(arguments: argparse.Namespace) -> int:
     """What a run will take: steps, tokens, memory, time and disk, before anything runs."""
-    from accel_trainer.accelerate_config import read
-    from accel_trainer.forecast import forecast, print_forecast
+    from accel_trainer.accelerate_config import of_launch
+    from accel_trainer.forecast import forecast
+    from accel_trainer.forecast_table import print_forecast
     from accel_trainer.library import find_recipe
     from accel_trainer.recipe_file import load_recipe
 
     name, path = find_recipe(arguments.recipe)
     found = forecast(
         load_recipe(path, arguments.overrides),
-        read(arguments.config_file) if arguments.config_file else None,
+        of_launch(arguments.config_file),
         output_dir=arguments.output_dir or Path("runs") / name,
         layout=arguments.layout,
         max_tokens_per_device=arguments.max_tokens_per_device,

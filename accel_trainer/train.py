@@ -71,6 +71,7 @@ from accel_trainer.terminal import complain, write_any_text
 from accel_trainer.tracking import Progress, close_trackers, logger, print_scores, quieten_libraries, speak_on
 
 SCORED = ("validation", "test")  # at the end, in this order
+LAYOUTS = ("auto", "packed", "padded")
 SLOWER = "A smaller training.learning_rate, a warm-up or training.max_grad_norm often helps."
 
 
@@ -91,6 +92,8 @@ class Options:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise UserError(f"--layout {self.layout}: choose from {', '.join(LAYOUTS)}")
         if not self.output_dir.name:
             raise UserError(f"--output_dir {self.output_dir}: name a folder for the run")
         if self.dry_run and (self.resumes or self.stop_after is not None):
@@ -639,9 +642,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--allow_changed", action="append", default=[], metavar="KEY", help="continue although this key has changed")
     add("--stop_after", type=int, metavar="STEP", help="save and stop after this step, as a signal would")
     add("--max_tokens_per_device", type=int, metavar="N", help="tokens per micro-batch, padding included")
-    add(
-        "--layout", choices=("auto", "packed", "padded"), default="auto", help="packed: without padding, where possible"
-    )
+    add("--layout", choices=LAYOUTS, default="auto", help="packed: without padding, where possible")
     add("--gradient_checkpointing", action="store_true", help="compute activations twice instead of keeping them")
     add(
         "--ddp_timeout", type=int, default=hardware.TIMEOUT, metavar="SECONDS",

@@ -310,3 +310,23 @@ def test_the_best_of_before_lies_beside_the_best(folder: RunFolder) -> None:
     assert folder.best_before == folder.path / ".best-before"
     folder.best_before.mkdir(parents=True)
     assert not folder.holds_a_run
+
+
+def test_a_folder_of_recipes_is_no_output_folder(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("model: {}")
+    with (
+        pytest.raises(RunFolderError, match="recipes or configs stand there"),
+        opened(RunFolder(tmp_path), resume=False),
+    ):
+        pass
+    (tmp_path / "mine.yaml").rename(tmp_path / "mine.txt")
+    with opened(RunFolder(tmp_path), resume=False):
+        pass
+
+
+def test_a_run_that_nobody_holds_any_more_was_killed(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.append_metrics({"step": 1})
+    folder.set_status("running", 1)
+    with pytest.raises(RunFolderError, match=r"a run lies there already \(killed\)"), opened(folder, resume=False):
+        pass

@@ -59,33 +59,17 @@ def check(arguments: argparse.Namespace) -> int:
         for mistake in mistakes:
             say(mistake, "red", stderr=True)
         if not mistakes and (name in recipes or not any(found.values())):  # a config may not go with a recipe
-            unread = "; its data were not read (--data reads them)" if name in recipes and not arguments.data else ""
-            say(f"{name}: no mistakes{unread}", "green")
+            data = " in the recipe" if arguments.data else "; its data were not read (--data reads them)"
+            say(f"{name}: no mistakes{data if name in recipes else ''}", "green")
     if any(found.values()):
         return EXIT_USER_MISTAKE
     if not arguments.data:
         return EXIT_DONE
-    return look_at_data(recipes, overrides, trust_remote_code=arguments.trust_remote_code)
+    from accel_trainer.inspection import look_at
 
-
-def look_at_data(recipes: Sequence[str], overrides: Sequence[str], *, trust_remote_code: bool) -> int:
-    """Load the data of recipes and print what is in them; data that training would refuse are a mistake."""
-    from accel_trainer.inspection import inspect, print_inspection
-    from accel_trainer.library import find_recipe
-    from accel_trainer.recipe_file import load_recipe
-
-    code = EXIT_DONE
-    for recipe in recipes:
-        try:
-            inspection = inspect(load_recipe(find_recipe(recipe)[1], overrides), trust_remote_code=trust_remote_code)
-        except UserError as error:
-            complain(error)
-            code = EXIT_USER_MISTAKE
-            continue
-        say(f"\n{recipe}", "bold")
-        print_inspection(inspection)
-        code = EXIT_USER_MISTAKE if inspection.errors else code
-    return code
+    return (
+        EXIT_DONE if look_at(recipes, overrides, trust_remote_code=arguments.trust_remote_code) else EXIT_USER_MISTAKE
+    )
 
 
 def plan(arguments: argparse.Namespace) -> int:

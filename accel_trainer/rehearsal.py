@@ -18,7 +18,7 @@ from accel_trainer.errors import RunFolderError
 from accel_trainer.inputs import Inputs
 from accel_trainer.recipe import Recipe
 from accel_trainer.run_folder import RunFolder
-from accel_trainer.terminal import print_table, say
+from accel_trainer.terminal import gib, print_table, say
 from accel_trainer.writing import remove
 
 STEPS = 2  # one to save after, and one to take again after resuming
@@ -126,7 +126,7 @@ def show(results: dict[str, Any], first_time: list[float], again: list[float], p
         ),
         ("an evaluation", f"{train['evaluation_runtime']:.2f} s", "of the longest rows"),
         ("a checkpoint", f"{train['saving_runtime'] / train['steps']:.2f} s", ""),
-        ("peak memory", f"{peak_memory / 2**30:.2f} GiB", "of this process, the longest rows included"),
+        ("peak memory", gib(peak_memory), "of this process, Python and the libraries included, on the longest rows"),
         ("after resuming", f"{apart:.0e}", "relative difference of the loss of the same step"),
     ]
     print()

@@ -88,3 +88,8 @@ def test_a_stream_that_lacks_a_character_shows_its_number() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "\\u597d\n", "error: \\u597d\n")
+
+
+def test_bytes_as_people_read_them() -> None:
+    assert terminal.gib(3 * 2**30) == "3.00 GiB"
+    assert terminal.gib(5 * 2**20) == "5.0 MiB"

@@ -71,6 +71,21 @@ def read(path: str | Path) -> AccelerateConfig:
     return config
 
 
+def of_launch(path: str | Path | None) -> AccelerateConfig | None:
+    """The config that `accelerate launch` takes: the one it is given, else the user's default; None where there is none.
+
+    Raises:
+        HardwareError: as `read`.
+    """
+    if path is None:
+        from accelerate.commands.config import default_config_file  # as HF_HOME has it; takes seconds
+
+        path = Path(default_config_file)
+        if not path.is_file():
+            return None
+    return read(path)
+
+
 def examine(path: str | Path) -> tuple[AccelerateConfig, list[Mistake]]:
     """The accelerate config in a file, as far as it can be read, and its mistakes in the order of their lines."""
     draft = Draft(str(path), subject="an accelerate config")
@@ -101,7 +116,8 @@ def _sound(draft: Draft) -> dict[str, Any]:
         if (key,) in draft.faulty or value is None:
             continue
         if isinstance(value, dict):
-            value = {name: below for name, below in value.items() if (key, name) not in draft.faulty}
+            fit = ((name, below) for name, below in value.items() if (key, name) not in draft.faulty)
+            value = {name: below for name, below in fit if below is not None}
         values[key] = value
     values["distributed_type"] = values["distributed_type"] or "NO"  # without quotes it is false, which does as well
     return values
@@ -126,6 +142,9 @@ def _read_mapping(path: Path, draft: Draft) -> dict[str, Any]:
     values = read_yaml(_json_as_yaml(text, draft) if is_json else text, draft)
     if not isinstance(values, dict):
         draft.fault((), "this is no accelerate config", "write keys such as num_processes: 1, one to a line")
+        raise Unreadable
+    if {"dataset", "model", "training"} <= values.keys():
+        draft.fault((), "this is a recipe, no accelerate config", "name it without --config_file")
         raise Unreadable
     return values if is_json else {key: _by_yaml_1_1(value, (key,), draft) for key, value in values.items()}
 
@@ -154,8 +173,9 @@ def _json_as_yaml(text: str, draft: Draft) -> str:
     """The text, which YAML reads too once it is known to be JSON: but for tabs, which stand between its tokens alone."""
     try:
         json.loads(text)
-    except json.JSONDecodeError as error:
-        draft.fault((), f"this is not JSON: {error.msg}", "correct it, or write YAML into a file.yaml", error.lineno)
+    except (ValueError, RecursionError) as error:  # beyond mere syntax: a number too long, brackets nested too deep
+        what, line = (error.msg, error.lineno) if isinstance(error, json.JSONDecodeError) else (str(error), None)
+        draft.fault((), f"this is not JSON: {what}", "correct it, or write YAML into a file.yaml", line)
         raise Unreadable from None
     return text.replace("\t", " ")
 

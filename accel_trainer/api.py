@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,13 +59,18 @@ def train(
     from accel_trainer.origin import origin_of
     from accel_trainer.tracking import speak_on
 
+    unknown = sorted(options.keys() - {option.name for option in fields(trainer.Options)})
+    if unknown:
+        close = get_close_matches(unknown[0], [option.name for option in fields(trainer.Options)], 1)
+        guess = f"; did you mean {close[0]}?" if close else "; values of the recipe are given as section.key=value"
+        raise UserError(f"train: there is no option {unknown[0]}{guess}")
     speak_on(os.environ.get("RANK", "0") == "0")
     if isinstance(recipe, Recipe):
         if overrides or output_dir is None:
             raise UserError(
                 "train: give overrides to load_recipe, and an output_dir, for a recipe that is loaded already"
             )
-        return trainer.train(recipe, trainer.Options(Path(output_dir).absolute(), **options))
+        return trainer.train(recipe, trainer.Options(Path(output_dir).expanduser().absolute(), **options))
     return trainer.train_recipe(
         origin_of(str(recipe), overrides), None if output_dir is None else Path(output_dir), **options
     )
@@ -96,8 +103,13 @@ def predict(
 
     listed = [texts] if isinstance(texts, str) else list(texts)
     pairs = [text_pairs] if isinstance(text_pairs, str) else text_pairs
+    for i, text in enumerate([*listed, *(pairs or [])]):
+        if not isinstance(text, str):
+            raise UserError(f"predict: text {i % max(len(listed), 1)} is {text!r}; give texts")
     if pairs is not None and len(pairs) != len(listed):
         raise UserError(f"predict: {len(listed)} texts and {len(pairs)} second texts; give as many")
+    if not listed:
+        return []
     if isinstance(model, str | Path):
         model = load_predictor(
             str(model), max_tokens_per_device=max_tokens_per_device, trust_remote_code=trust_remote_code

@@ -26,20 +26,6 @@ from accel_trainer.recipe_file import examine_recipe, reading_order
 _PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}
 
 
-def check_recipe(recipe: str, overrides: Sequence[str] = (), config_file: Path | None = None) -> list[Mistake]:
-    """Every mistake of a recipe, of the overrides and of an accelerate config, in that order and by their lines.
-
-    Args:
-        recipe: path or name.
-        overrides: `section.key=value`.
-        config_file: of `accelerate launch`; None: the recipe alone.
-    """
-    found = [mistake for mistakes in check_all([recipe], overrides, config_file).values() for mistake in mistakes]
-    of_config = [mistake for mistake in found if mistake.source == str(config_file)]
-    others = [mistake for mistake in found if mistake.source != str(config_file)]
-    return [*others, *sorted(of_config, key=lambda mistake: mistake.line or 0)]
-
-
 def check_all(
     recipes: Sequence[str], overrides: Sequence[str] = (), config_file: Path | None = None
 ) -> dict[str, list[Mistake]]:

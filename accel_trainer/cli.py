@@ -16,8 +16,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from accel_trainer.command_line import Parser, recipes_and_overrides
-from accel_trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER_MISTAKE, AccelTrainerError, UserError
-from accel_trainer.terminal import complain, print_table, say
+from accel_trainer.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_USER_MISTAKE,
+    AccelTrainerError,
+    UserError,
+)
+from accel_trainer.terminal import complain, print_table, say, write_any_text
 
 # --- recipes ----------------------------------------------------------------------------------------------------------
 
@@ -51,47 +58,32 @@ def check(arguments: argparse.Namespace) -> int:
     for name, mistakes in found.items():
         for mistake in mistakes:
             say(mistake, "red", stderr=True)
-        if not mistakes:
-            unread = "; its data were not read (--data reads them)" if name in recipes and not arguments.data else ""
-            say(f"{name}: no mistakes{unread}", "green")
+        if not mistakes and (name in recipes or not any(found.values())):  # a config may not go with a recipe
+            data = " in the recipe" if arguments.data else "; its data were not read (--data reads them)"
+            say(f"{name}: no mistakes{data if name in recipes else ''}", "green")
     if any(found.values()):
         return EXIT_USER_MISTAKE
     if not arguments.data:
         return EXIT_DONE
-    return look_at_data(recipes, overrides, trust_remote_code=arguments.trust_remote_code)
+    from accel_trainer.inspection import look_at
 
-
-def look_at_data(recipes: Sequence[str], overrides: Sequence[str], *, trust_remote_code: bool) -> int:
-    """Load the data of recipes and print what is in them; data that training would refuse are a mistake."""
-    from accel_trainer.inspection import inspect, print_inspection
-    from accel_trainer.library import find_recipe
-    from accel_trainer.recipe_file import load_recipe
-
-    code = EXIT_DONE
-    for recipe in recipes:
-        try:
-            inspection = inspect(load_recipe(find_recipe(recipe)[1], overrides), trust_remote_code=trust_remote_code)
-        except UserError as error:
-            complain(error)
-            code = EXIT_USER_MISTAKE
-            continue
-        say(f"\n{recipe}", "bold")
-        print_inspection(inspection)
-        code = EXIT_USER_MISTAKE if inspection.errors else code
-    return code
+    return (
+        EXIT_DONE if look_at(recipes, overrides, trust_remote_code=arguments.trust_remote_code) else EXIT_USER_MISTAKE
+    )
 
 
 def plan(arguments: argparse.Namespace) -> int:
     """What a run will take: steps, tokens, memory, time and disk, before anything runs."""
-    from accel_trainer.accelerate_config import read
-    from accel_trainer.forecast import forecast, print_forecast
+    from accel_trainer.accelerate_config import of_launch
+    from accel_trainer.forecast import forecast
+    from accel_trainer.forecast_table import print_forecast
     from accel_trainer.library import find_recipe
     from accel_trainer.recipe_file import load_recipe
 
     name, path = find_recipe(arguments.recipe)
     found = forecast(
         load_recipe(path, arguments.overrides),
-        read(arguments.config_file) if arguments.config_file else None,
+        of_launch(arguments.config_file),
         output_dir=arguments.output_dir or Path("runs") / name,
         layout=arguments.layout,
         max_tokens_per_device=arguments.max_tokens_per_device,
@@ -415,7 +407,8 @@ def _version() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; the exit code is 0, or 2 for the user's mistake, 1 for anything else."""
+    """Run a verb; the exit code is 0, or 2 for the user's mistake, 75 interrupted, 1 for anything else."""
+    write_any_text()
     verb, arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(message)s")  # to stderr
     logging.getLogger("accel_trainer").setLevel(logging.INFO)
@@ -424,6 +417,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except AccelTrainerError as error:
         complain(error)
         return error.exit_code
+    except KeyboardInterrupt:
+        say("interrupted", "yellow", stderr=True)
+        return EXIT_INTERRUPTED
     except BrokenPipeError:
         return EXIT_DONE
 

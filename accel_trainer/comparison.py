@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from accel_trainer.differences import FIXED_BY_A_RUN, IN_WORDS, PLACES, Meaning, differences, meaning, short
-from accel_trainer.errors import RunFolderError
-from accel_trainer.library import find_recipe
+from accel_trainer.library import expanded, find_recipe, is_file
 from accel_trainer.recipe import Recipe
-from accel_trainer.recipe_file import load_recipe
+from accel_trainer.recipe_file import as_written, load_recipe
+from accel_trainer.results import newest, rounded
+from accel_trainer.run_folder import RunFolder
 from accel_trainer.terminal import Style, print_table, say
 
 # Entries of run.json that are compared.
@@ -39,7 +38,9 @@ def diff(a: str, b: str) -> list[Difference]:
     other, other_facts = _read(b)
     both = [name for name in facts if name in other_facts]
     found = differences({name: facts[name] for name in both}, {name: other_facts[name] for name in both})
-    return [*compared(recipe, other), *(Difference(*one, meaning(one[0])) for one in found)]
+    # A recipe records fewer versions than a run does.
+    told = (one for one in found if not (one[0].startswith("versions.") and None in one))
+    return [*compared(recipe, other), *(Difference(*one, meaning(one[0])) for one in told)]
 
 
 def compared(a: Recipe, b: Recipe) -> list[Difference]:
@@ -65,7 +66,7 @@ def print_diff(a: str, b: str) -> None:
         say(f"{a} and {b} do not differ", "green")
         return
     rows = [(one.key, short(one.before), short(one.after), IN_WORDS[one.meaning]) for one in found]
-    print_table(("key", a, b, ""), rows, styles=[_STYLES.get(one.meaning, "") for one in found])
+    print_table(("key", a, b, ""), rows, whole=[0], styles=[_STYLES.get(one.meaning, "") for one in found])
     meanings = {one.meaning for one in found}
     if "steps" in meanings:
         say("\nthey take other steps", "yellow")
@@ -90,32 +91,22 @@ def _meaning_beside(key: str, before: Any, after: Any, same: set[str]) -> Meanin
 
 def _read(name: str) -> tuple[Recipe, dict[str, Any]]:
     """A recipe, and what is known of a run of it."""
-    folder = Path(name).expanduser()
-    if not (folder / "recipe.yaml").is_file():
+    run = RunFolder(expanded(name))
+    if not is_file(run.recipe):
         recipe = load_recipe(find_recipe(name)[1])
-        newest = max(recipe.results, key=lambda result: result.date, default=None)
-        return recipe, {} if newest is None else {"results": _rounded(newest.metrics), "versions": newest.versions}
-    facts = _json(folder / "run.json")
-    results = {role: scores for role, scores in _json(folder / "results.json").items() if role != "train"}
+        result = newest(recipe.results)
+        return recipe, {} if result is None else {"results": _rounded(result.metrics), "versions": result.versions}
+    facts = run.facts()
+    results = {role: scores for role, scores in run.scores().items() if role != "train"}
     known = {name: facts[name] for name in FACTS if facts.get(name) is not None}
-    return load_recipe(folder / "recipe.yaml"), {**({"results": _rounded(results)} if results else {}), **known}
+    # As it stands in a run's folder, so that the data of the run need not be here; its files and folders are absolute.
+    recipe = as_written(run.recipe) if facts else load_recipe(run.recipe)
+    return recipe, {**({"results": _rounded(results)} if results else {}), **known}
 
 
 def _rounded(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Numbers of each role, to the six digits that are recorded."""
+    """Numbers of each role, to the digits that are recorded."""
     return {
-        role: {name: float(f"{value:.6g}") for name, value in scores.items() if isinstance(value, int | float)}
+        role: {name: rounded(value) for name, value in scores.items() if isinstance(value, int | float)}
         for role, scores in results.items()
     }
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:  # a run that has not come so far
-        return {}
-    except (OSError, ValueError) as error:
-        raise RunFolderError(f"{path}: it cannot be read ({error}); name another run") from error
-    if not isinstance(value, dict):
-        raise RunFolderError(f"{path}: it holds no facts of a run; name another run")
-    return value

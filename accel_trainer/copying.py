@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
@@ -12,14 +11,16 @@ from typing import Any
 
 from accel_trainer.draft import ABSENT, Keys, dotted, look_up
 from accel_trainer.errors import UserError
-from accel_trainer.library import SUFFIXES, find_recipe, schema_address
+from accel_trainer.library import SUFFIXES, expanded, find_recipe, is_file, schema_address
 from accel_trainer.recipe import Recipe
-from accel_trainer.recipe_edit import edit, read_text, write_recipe
+from accel_trainer.recipe_edit import edit, read_text, refuse_kept
 from accel_trainer.recipe_file import load_recipe, parse_recipe, read_draft, read_overrides
 from accel_trainer.respelling import respell
+from accel_trainer.writing import created, sha256
 
 _NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*")
 _HEADER = re.compile(r"(?:[ \t]*(?:#[^\r\n]*)?\r?\n)*")
+_IS_THERE = "{}: it is there already; choose another name, or remove it first"
 _MODELINE = re.compile(r"(?m)^#\s*yaml-language-server:\s*\$schema=(\S+)")
 
 # What says where files are; relative, it is relative to the recipe.
@@ -62,7 +63,7 @@ def copy_recipe(source: str, target: str | Path, overrides: Sequence[str] = ()) 
     new = _target(str(target))
     wanted = load_recipe(path, overrides)
     text = read_text(path).removeprefix("\ufeff")
-    origin = f"{name}@sha256:{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+    origin = f"{name}@sha256:{sha256(path)[:12]}"
     changes = read_overrides(overrides)
     outdated = list(_outdated(wanted, changes))
     for keys in outdated:
@@ -74,28 +75,34 @@ def copy_recipe(source: str, target: str | Path, overrides: Sequence[str] = ()) 
     text = _with_header(text, name, new)
     try:
         new.parent.mkdir(parents=True, exist_ok=True)  # or ../data could not be followed
+        assert parse_recipe(text, str(new), base=new.parent) == _without(wanted, outdated, origin)
+        with created(new) as writing:
+            writing.write_bytes(text.encode())
     except OSError as error:
+        if os.path.lexists(new):  # since it was looked for
+            raise UserError(_IS_THERE.format(new)) from error
         raise UserError(f"cannot write {new}: {error.strerror or error}; choose another place") from error
-    assert parse_recipe(text, str(new), base=new.parent) == _without(wanted, outdated, origin)
-    write_recipe(new, text)
     return new
 
 
 def _source(source: str) -> tuple[str, Path]:
-    of_run = Path(source).expanduser() / "recipe.yaml"
-    return (Path(source).as_posix(), of_run) if of_run.is_file() else find_recipe(source)
+    of_run = expanded(source) / "recipe.yaml"
+    return (Path(source).as_posix(), of_run) if is_file(of_run) else find_recipe(source)
 
 
 def _target(target: str) -> Path:
-    path = Path(target).expanduser()
+    path = expanded(target)
+    if path.parts[:1] and path.parts[0].startswith("~"):
+        raise UserError(f"{target}: there is no home of {path.parts[0]}; choose another place")
     if path.suffix not in SUFFIXES:
         if not _NAME.fullmatch(target):
             raise UserError(
                 f"{target}: this is no name for a recipe; give one such as team/{path.name or 'x'}, or a path ending in .yaml"
             )
         path = Path("recipes") / f"{target}.yaml"
-    if path.exists():
-        raise UserError(f"{path}: it is there already; choose another name, or remove it first")
+    refuse_kept(path)
+    if os.path.lexists(path):
+        raise UserError(_IS_THERE.format(path))
     return path
 
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from accel_trainer import order
 from accel_trainer.errors import DataError
-from accel_trainer.labels import UNLABELLED, Labels, infer_names, label_ids, rare_classes, same_spelling
+from accel_trainer.labels import UNLABELLED, Labels, infer_names, label_ids, match_labels, rare_classes, same_spelling
 from accel_trainer.recipe import DatasetSection
 from accel_trainer.sources import Source, Table, read_source
 from accel_trainer.splits import parse_slices
@@ -214,7 +214,9 @@ def _draw_roles(section: DatasetSection, source: Source) -> dict[str, tuple[Tabl
         )
     names = _label_names(section, {"train": (table, np.arange(n))})
     values = label_cells(section, "train", table, np.arange(n), names)
-    labels, _ = label_ids(values, names, mapping(section), table.place)
+    keys, matched = match_labels(values, names, mapping(section))  # what has no class is told role by role
+    classes = [None if key is None else matched[key] for key in keys]
+    labels = np.asarray([UNLABELLED if class_id is None else class_id for class_id in classes])
     drawn = order.stratified(labels, section.draw_seed)
     roles = {}
     for role, start, stop in zip(sizes, bounds, bounds[1:], strict=False):

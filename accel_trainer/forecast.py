@@ -1,7 +1,7 @@
 """What a run will take, told before it runs: `accel-trainer plan RECIPE`.
 
 Steps, tokens, padding and disk are counted: the first epoch is divided as the run will divide it. Memory is expected (`memory`).
-Time is measured on this machine, in one process, by a few micro-batches of the recipe's own model and data.
+Time is measured (`speed`). `forecast_table` prints all of it.
 """
 
 from __future__ import annotations
@@ -9,23 +9,21 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
-from accel_trainer import checkpoint, hardware
+from accel_trainer import hardware
 from accel_trainer.accelerate_config import AccelerateConfig
 from accel_trainer.batching import divide_split, token_budget
 from accel_trainer.data import Split
-from accel_trainer.evaluation import predict_logits
 from accel_trainer.feed import StepSize
 from accel_trainer.inputs import Inputs, read_inputs
+from accel_trainer.launching import LAUNCH_VARIABLES
 from accel_trainer.memory import Extent, MemoryNeeds, training_needs
 from accel_trainer.model import count_parameters
 from accel_trainer.plan import TrainingPlan
@@ -33,15 +31,11 @@ from accel_trainer.recipe import Recipe
 from accel_trainer.run import Run, prepare
 from accel_trainer.run_folder import RunFolder
 from accel_trainer.signals import interrupted_by_signals
-from accel_trainer.terminal import print_table, say
-from accel_trainer.tracking import clock, quieten_libraries
-from accel_trainer.train import SCORED, GradientOverflow, add_gradients, apply_gradients
+from accel_trainer.speed import Speed, measure
+from accel_trainer.terminal import gib
+from accel_trainer.tracking import quieten_libraries
+from accel_trainer.train import SCORED
 
-GIB = 2**30
-# What a launch around this command would tell the Accelerator of it.
-LAUNCH_VARIABLES = ("FSDP_", "TORCHELASTIC_", "WORLD_SIZE", "RANK", "LOCAL_", "MASTER_")
-PASSES = 3  # that are timed, after one that is not
-WRITTEN = 2**28  # bytes at most that are written to learn how fast the disk is
 # Bytes of a line of predictions: beside text and probabilities, of each probability, of the text of each token. Assumptions.
 ROW_BYTES, LABEL_BYTES, TOKEN_BYTES = 120, 40, 5
 
@@ -50,6 +44,7 @@ ROW_BYTES, LABEL_BYTES, TOKEN_BYTES = 120, 40, 5
 class Target:
     """The hardware that a run is forecast for."""
 
+    config: Path | None  # that says so; None where none does
     num_processes: int
     device: str  # cpu, cuda, …
     is_here: bool  # this machine has such a device
@@ -86,22 +81,12 @@ class Steps:
 
 
 @dataclass(frozen=True)
-class Speed:
-    """What was measured here, on one process."""
-
-    position: float  # seconds that training computes a token, or padding
-    update: float  # seconds that clipping and the optimizer take once per step
-    token: float  # seconds that evaluating takes for a token
-    saving: float  # bytes per second, hashed and flushed to disk
-
-
-@dataclass(frozen=True)
 class Seconds:
     """What a run will take on one process of this machine."""
 
     training: float
     evaluation: float
-    saving: float
+    saving: float | None  # None where nothing can be written
 
 
 @dataclass(frozen=True)
@@ -112,7 +97,9 @@ class Disk:
     best: int  # the new one beside the old one
     model: int
     predictions: int
+    folder: Path  # where they will lie, or the nearest above it that is there
     free: int
+    problem: str  # why nothing can be written there; empty where it can
 
     @property
     def total(self) -> int:
@@ -131,8 +118,10 @@ class Forecast:
     parameters: dict[str, int]
     packed: bool
     max_tokens: int  # of a micro-batch
+    budget_is_assumed: bool  # they neither were given nor follow from the memory of a device
     steps: Steps
     needs: MemoryNeeds
+    program: int  # bytes that Python and the libraries take on a CPU, before anything is read
     evaluation: int  # bytes at most that a micro-batch of an evaluation takes
     seconds: Seconds | None
     unmeasured: str  # why there are no seconds
@@ -142,7 +131,7 @@ class Forecast:
     @property
     def memory(self) -> int:
         """Bytes that training takes on each device, at their most."""
-        return self.needs.state + max(self.steps.activations, self.evaluation - self.needs.gradients)
+        return self.program + self.needs.state + max(self.steps.activations, self.evaluation - self.needs.gradients)
 
     def warnings(self) -> list[str]:
         """What speaks against starting the run as it is."""
@@ -152,7 +141,11 @@ class Forecast:
                 f"{gib(self.memory)} will not fit into {gib(self.target.memory)} of memory; use --gradient_checkpointing, a "
                 "smaller --max_tokens_per_device, a shorter dataset.max_length or a smaller checkpoint"
             )
-        if self.disk.total > self.disk.free:
+        if self.disk.problem:
+            found.append(
+                f"nothing can be written to {self.disk.folder} ({self.disk.problem}); choose another --output_dir"
+            )
+        elif self.disk.total > self.disk.free:
             found.append(
                 f"{gib(self.disk.total)} will not fit on the disk, where {gib(self.disk.free)} are free; choose another "
                 "--output_dir, or set saving.save_total_limit"
@@ -185,7 +178,7 @@ def forecast(
 
     Args:
         recipe: read and checked.
-        config: of the launch; None: one process here.
+        config: of the launch, see `accelerate_config.of_launch`; None: one process here.
         output_dir: where the run will be written, or a folder above it.
         layout: as the trainer's option.
         max_tokens_per_device: as the trainer's option.
@@ -199,6 +192,7 @@ def forecast(
         Interrupted: a signal came; nothing is left.
     """
     quieten_libraries()
+    program = hardware.resident_memory()
     is_here = config is None or config.use_cpu or torch.accelerator.is_available()
     silent = recipe.model_copy(update={"tracking": recipe.tracking.model_copy(update={"report_to": []})})
     inputs = read_inputs(silent, trust_remote_code=trust_remote_code)
@@ -225,9 +219,10 @@ def forecast(
         if not is_here:
             unmeasured = "this machine has no such device"
         if not unmeasured:
-            speed = measure(run, disk)
+            role = next(iter(scored(inputs)), "train")
+            speed = measure(run, inputs.splits[role].tokens, disk)
     weights, roles = checkpoint_weights(inputs.model), {role: size_of(split) for role, split in inputs.splits.items()}
-    written = disk_needs(run, roles, weights, needs.optimizer, shutil.disk_usage(disk).free)
+    written = disk_needs(run, roles, weights, needs.optimizer, disk)
     return Forecast(
         recipe=recipe,
         plan=run.plan,
@@ -236,8 +231,10 @@ def forecast(
         parameters=count_parameters(inputs.model),
         packed=run.packed,
         max_tokens=run.max_tokens,
+        budget_is_assumed=max_tokens_per_device is None and target.memory is None,
         steps=steps,
         needs=needs,
+        program=program if target.device == "cpu" else 0,
         evaluation=evaluation_bytes(run, target, needs),
         seconds=None if speed is None else seconds_of(run, steps, roles, speed, weights, needs.optimizer),
         unmeasured=unmeasured,
@@ -251,7 +248,8 @@ def launched_alone(config: AccelerateConfig | None) -> Iterator[None]:
     """Let an Accelerator that is made in the block be alone, on the device and in the precision of a config."""
     before = dict(os.environ)
     for name in before:
-        if name.startswith(LAUNCH_VARIABLES):
+        # Without a config what the user tells Accelerate itself holds.
+        if name.startswith(LAUNCH_VARIABLES) and not (config is None and name.startswith("ACCELERATE_")):
             del os.environ[name]
     if config is not None:
         os.environ["ACCELERATE_USE_CPU"] = str(config.use_cpu).lower()
@@ -268,11 +266,12 @@ def target_of(run: Run, config: AccelerateConfig | None, *, is_here: bool) -> Ta
     accelerator = run.accelerator
     here, memory = accelerator.device.type, hardware.smallest_memory(accelerator)
     if config is None:
-        return Target(1, here, is_here, accelerator.mixed_precision, memory)
+        return Target(None, 1, here, is_here, accelerator.mixed_precision, memory)
     if here == "cpu" and memory is not None:
         memory //= -(-config.num_processes // config.num_machines)
     device = here if is_here else "cuda"  # which one does not matter: it is not here
-    return Target(config.num_processes, device, is_here, config.mixed_precision, memory if is_here else None)
+    memory = memory if is_here else None
+    return Target(config.path, config.num_processes, device, is_here, config.mixed_precision, memory)
 
 
 def needs_of(run: Run, target: Target) -> MemoryNeeds:
@@ -331,67 +330,6 @@ def checkpoint_weights(model: nn.Module) -> int:
 # --- time
 
 
-def measure(run: Run, disk: Path) -> Speed:
-    """Take steps of the recipe here, evaluate some rows and write some weights; the run is of no further use.
-
-    Args:
-        run: prepared.
-        disk: folder beside which the weights are written.
-    """
-    rows, (parts,) = run.feed.divide(0, run.max_tokens)
-    costs = run.feed.split.tokens.costs(packed=run.packed)[rows]
-    part = sorted(parts, key=lambda part: int(costs[part.indices].sum()))[len(parts) // 2]
-    loaded = run.feed.load(0, rows, [part])
-    run.model.train()
-    passes, updates = [], []
-    for _ in range(1 + PASSES):
-        passes.append(timed(run, lambda: add_gradients(run, loaded, len(rows))))
-        updates.append(timed(run, lambda: updated(run)))
-    return Speed(
-        position=float(np.median(passes[1:])) / loaded[0].batch.num_positions,
-        update=float(np.median(updates[1:])),
-        token=measure_evaluation(run),
-        saving=measure_saving(run, disk),
-    )
-
-
-def updated(run: Run) -> None:
-    """Apply the gradient, or see that it overflows, which in fp16 the first ones do."""
-    with suppress(GradientOverflow):
-        apply_gradients(run)
-
-
-def timed(run: Run, work: Callable[[], object]) -> float:
-    """Seconds that some work takes, until the device has done it."""
-    started = time.perf_counter()
-    work()
-    if run.accelerator.device.type != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter() - started
-
-
-def measure_evaluation(run: Run) -> float:
-    """Seconds for each token of the first rows that are evaluated, about a micro-batch of them."""
-    role = next(iter(scored(run.inputs)), "train")
-    tokens = run.inputs.splits[role].tokens
-    count = max(1, int(np.searchsorted(tokens.lengths.cumsum(), run.max_tokens)))
-    first = replace(tokens, lengths=tokens.lengths[:count])
-    seconds = timed(run, lambda: predict_logits(run.accelerator, run.model, first, run.max_tokens, packed=run.packed))
-    return seconds / int(first.lengths.sum())
-
-
-def measure_saving(run: Run, disk: Path) -> float:
-    """Bytes of weights that a checkpoint writes in a second."""
-    chosen, size = {}, 0
-    for name, tensor in run.inputs.model.state_dict().items():
-        chosen[name], size = tensor, size + tensor.numel() * tensor.element_size()
-        if size > WRITTEN:
-            break
-    with tempfile.TemporaryDirectory(prefix=".accel-trainer-plan-", dir=disk) as place:
-        seconds = timed(run, lambda: checkpoint.save_checkpoint(Path(place), 0, chosen, {}, {}))
-    return size / seconds
-
-
 def seconds_of(
     run: Run, steps: Steps, roles: dict[str, RoleSize], speed: Speed, weights: int, optimizer: int
 ) -> Seconds:
@@ -404,7 +342,8 @@ def seconds_of(
     best = 0 if plan.eval_every is None else moments(plan.total_steps, plan.eval_every)  # at most: each the best so far
     saved = 0 if plan.save_every is None else moments(plan.total_steps, plan.save_every)
     written = saved * (weights + optimizer) + (best + 1) * weights
-    return Seconds(plan.total_steps * of_step, evaluated * speed.token, written / speed.saving)
+    saving = None if speed.saving is None else written / speed.saving
+    return Seconds(plan.total_steps * of_step, evaluated * speed.token, saving)
 
 
 def moments(steps: int, every: int) -> int:
@@ -415,7 +354,7 @@ def moments(steps: int, every: int) -> int:
 # --- disk
 
 
-def disk_needs(run: Run, roles: dict[str, RoleSize], weights: int, optimizer: int, free: int) -> Disk:
+def disk_needs(run: Run, roles: dict[str, RoleSize], weights: int, optimizer: int, folder: Path) -> Disk:
     """What a run writes and keeps."""
     plan, limit = run.plan, run.inputs.recipe.saving.save_total_limit
     saved = 0 if plan.save_every is None else moments(plan.total_steps, plan.save_every)
@@ -426,104 +365,25 @@ def disk_needs(run: Run, roles: dict[str, RoleSize], weights: int, optimizer: in
         best=min(evaluated, 2) * weights,
         model=weights,
         predictions=sum(roles[role].rows * row + roles[role].tokens * TOKEN_BYTES for role in scored(run.inputs)),
-        free=free,
+        folder=folder,
+        free=shutil.disk_usage(folder).free,
+        problem=_problem(folder),
     )
 
 
 def _existing(folder: Path) -> Path:
     """A folder, or the nearest above it that is there."""
     folder = folder.absolute()
-    return folder if folder.is_dir() else _existing(folder.parent)
+    with suppress(OSError):  # the one above it may not be looked into
+        if folder.is_dir():
+            return folder
+    return _existing(folder.parent)
 
 
-# --- what people read
-
-
-def gib(size: float) -> str:
-    """Bytes as people read them."""
-    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
-
-
-def print_forecast(found: Forecast) -> None:
-    """Print what a run will take, and what speaks against it."""
-    rows = [*data_rows(found), *step_rows(found), *memory_rows(found), *time_rows(found), *disk_rows(found)]
-    print_table(["", "", "", ""], rows, numbers=[2])
-    for note in found.notes:
-        say(f"note: {note}", "dim")
-    for warning in found.warnings():
-        say(f"warning: {warning}", "yellow")
-
-
-Row = tuple[str, str, str, str]  # section, item, number, what belongs to it
-
-
-def data_rows(found: Forecast) -> Iterator[Row]:
-    """Rows and tokens by role."""
-    for i, (role, size) in enumerate(found.roles.items()):
-        cut = f", {size.truncated / size.rows:.1%} of them cut" if size.truncated else ""
-        tokens = f"rows of {size.tokens / size.rows:.1f} tokens, the longest {size.longest:,}{cut}"
-        yield "data" if i == 0 else "", role, f"{size.rows:,}", tokens
-
-
-def step_rows(found: Forecast) -> Iterator[Row]:
-    """Steps, and what each of them computes."""
-    plan, steps, processes = found.plan, found.steps, found.target.num_processes
-    epochs = f"{plan.epoch(plan.total_steps):g} epochs of {plan.steps_per_epoch:,}"
-    warmup = f", warm-up {plan.warmup_steps:,}" if plan.warmup_steps else ""
-    yield "steps", "in all", f"{plan.total_steps:,}", f"{epochs}, {plan.global_batch_size:,} examples each{warmup}"
-    yield (
-        "",
-        "tokens",
-        f"{steps.mean(lambda size: size.tokens):,.0f}",
-        f"each, at most {max(s.tokens for s in steps.sizes):,}",
-    )
-    mean, most = sum(steps.micro_batches) / len(steps.micro_batches), max(steps.micro_batches)
-    of_each = f"a step{'' if processes == 1 else f', on each of {processes} processes'}, at most {most:,}"
-    yield "", "micro-batches", f"{mean:.3g}", f"{of_each}; of {found.max_tokens:,} tokens at most"
-    layout = "packed: no padding is computed" if found.packed else "padded"
-    yield "", "padding avoided", f"{steps.padding_avoided:.1%}", f"{layout}; against padding each batch to its longest"
-
-
-def memory_rows(found: Forecast) -> Iterator[Row]:
-    """Parameters, and the memory of each device."""
-    needs, target, counts = found.needs, found.target, found.parameters
-    yield "parameters", "in all", f"{counts['total']:,}", f"{counts['trainable']:,} trained"
-    where = "1 process" if target.num_processes == 1 else "each process"
-    yield "memory", "weights", gib(needs.weights), f"of {where}, expected"
-    yield "", "gradients", gib(needs.gradients), "" if target.num_processes == 1 else "and their buckets"
-    yield "", "optimizer", gib(needs.optimizer), found.recipe.training.optim
-    yield "", "activations", gib(found.steps.activations), f"of a micro-batch, {precision(target.mixed_precision)}"
-    yield "", "beside", gib(needs.beside), "libraries, and the largest gradient once more"
-    more = found.memory - needs.state - found.steps.activations
-    if more > 0:
-        yield "", "evaluation", gib(more), "beyond that"
-    known = "not known here" if target.memory is None else f"of {gib(target.memory)}"
-    yield "", "sum", gib(found.memory), known
-
-
-def precision(mixed_precision: str) -> str:
-    """A precision as people call it."""
-    return "float32" if mixed_precision == "no" else mixed_precision
-
-
-def time_rows(found: Forecast) -> Iterator[Row]:
-    """Seconds, where they were measured."""
-    seconds, target = found.seconds, found.target
-    if seconds is None:
-        yield "time", "", "", f"not measured: {found.unmeasured}"
-        return
-    others = "" if target.num_processes == 1 else f"; the config's {target.num_processes} share it"
-    yield "time", "training", clock(seconds.training), f"h:mm:ss, measured here on 1 process, {target.device}{others}"
-    yield "", "evaluation", clock(seconds.evaluation), ""
-    yield "", "saving", clock(seconds.saving), "at most"
-    yield "", "sum", clock(seconds.training + seconds.evaluation + seconds.saving), ""
-
-
-def disk_rows(found: Forecast) -> Iterator[Row]:
-    """Bytes that will be written."""
-    disk, limit = found.disk, found.recipe.saving.save_total_limit
-    kept = "all are kept" if limit is None else f"{limit} kept, another while it is written"
-    yield "disk", "checkpoints", gib(disk.checkpoints), kept
-    yield "", "best, model", gib(disk.best + disk.model), ""
-    yield "", "predictions", gib(disk.predictions), "about"
-    yield "", "sum", gib(disk.total), f"of {gib(disk.free)} free"
+def _problem(folder: Path) -> str:
+    """Why nothing can be written to a folder; empty where it can."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=".accel-trainer-plan-", dir=folder):
+            return ""
+    except OSError as error:
+        return error.strerror or type(error).__name__

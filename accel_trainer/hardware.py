@@ -9,8 +9,6 @@ import json
 import os
 import platform
 import re
-import shutil
-import subprocess
 import sys
 import time
 import uuid
@@ -286,6 +284,11 @@ def leave_process_group(accelerator: Accelerator) -> None:
     accelerator.end_training()
 
 
+def precision_named(mixed_precision: str) -> str:
+    """A precision of Accelerate's as people call it."""
+    return "float32" if mixed_precision == "no" else mixed_precision
+
+
 def peak_memory(device: torch.device) -> int:
     """Bytes that this process has taken at most: of a card's memory, else of the machine's."""
     if device.type == "cuda":
@@ -293,6 +296,13 @@ def peak_memory(device: torch.device) -> int:
     import resource  # of Unix alone
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def resident_memory() -> int:
+    """Bytes of the machine's memory that this process takes now; at most so far, where the system does not say."""
+    with suppress(OSError, IndexError, ValueError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return peak_memory(torch.device("cpu"))
 
 
 def end_process(code: int) -> NoReturn:
@@ -429,23 +439,6 @@ def _installed(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def git_commit(folder: Path) -> str | None:
-    """Commit of the checkout that `folder` lies in, with `+changes` where it is not clean; None outside of one."""
-    if shutil.which("git") is None:
-        return None
-
-    def git(*arguments: str) -> str | None:
-        try:
-            command = ["git", "-C", str(folder), *arguments]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-        except (OSError, subprocess.SubprocessError):  # no checkout, or one too slow to wait for
-            return None
-        return done.stdout.strip()
-
-    commit = git("rev-parse", "HEAD")
-    return f"{commit}+changes" if commit and git("status", "--porcelain", "--untracked-files=no") else commit
 
 
 def describe(accelerator: Accelerator) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from huggingface_hub.errors import (
 
 from accel_trainer.errors import DataError
 from accel_trainer.file_names import extensions, is_data_file, redacted
-from accel_trainer.recipe import DatasetSection
+from accel_trainer.hub import is_on_hub, use_cache_if_unreachable
+from accel_trainer.recipe import DatasetSection, Recipe
 from accel_trainer.tables import Origin, Table, chosen_splits, quiet
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,14 @@ def hub_id(path: str) -> tuple[str, str | None] | None:
     if Path(path).exists() or looks_local or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
         return None
     return path, None
+
+
+def reach_hub(recipe: Recipe) -> None:
+    """If data, checkpoint or tokenizer are on the Hub, see whether it answers, before each library does."""
+    dataset, model = recipe.dataset, recipe.model
+    asked = dataset.path is not None and hub_id(dataset.path) is not None
+    if asked or is_on_hub(model.checkpoint) or is_on_hub(model.tokenizer):
+        use_cache_if_unreachable()
 
 
 def read_hub(

@@ -15,8 +15,7 @@ from accel_trainer.data import LabelledData, Split, load_labelled, tokenise
 from accel_trainer.differences import PLACES
 from accel_trainer.errors import UserError
 from accel_trainer.hardware import gather_object
-from accel_trainer.hub import is_on_hub, use_cache_if_unreachable
-from accel_trainer.hub_data import hub_id
+from accel_trainer.hub_data import reach_hub
 from accel_trainer.model import build_model, load_config, weights_sha256
 from accel_trainer.model_files import check_files, pinned_files
 from accel_trainer.recipe import Recipe
@@ -64,9 +63,7 @@ def read_inputs(recipe: Recipe, *, trust_remote_code: bool = False) -> Inputs:
     Raises:
         UserError: any of them is not as the recipe says.
     """
-    asked = recipe.dataset.path is not None and hub_id(recipe.dataset.path) is not None
-    if asked or is_on_hub(recipe.model.checkpoint) or is_on_hub(recipe.model.tokenizer):
-        use_cache_if_unreachable()
+    reach_hub(recipe)
     check_files(recipe.model)
     loaded = metrics.load_metrics(recipe.evaluation.metrics, allow_remote_code=trust_remote_code)
     data = load_labelled(recipe.dataset)

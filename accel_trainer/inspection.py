@@ -18,12 +18,14 @@ from transformers import PreTrainedTokenizerBase
 from accel_trainer.data import load_labelled, note_on_guesses, select_rows
 from accel_trainer.errors import CannotLoad, DataError, UserError
 from accel_trainer.findings import Finding, all_findings, percent, rows_and_share, token_findings
-from accel_trainer.hub import is_on_hub, use_cache_if_unreachable
-from accel_trainer.hub_data import hub_id
+from accel_trainer.hub_data import reach_hub
+from accel_trainer.library import find_recipe
 from accel_trainer.model import load_config
+from accel_trainer.model_files import check_files
 from accel_trainer.recipe import Recipe
+from accel_trainer.recipe_file import load_recipe
 from accel_trainer.role_scan import Scan, scan_role
-from accel_trainer.terminal import Style, print_table, say
+from accel_trainer.terminal import Style, complain, print_table, say
 from accel_trainer.text_faults import Severity
 from accel_trainer.tokenization import load_tokenizer, longest_input
 
@@ -81,9 +83,7 @@ def inspect(recipe: Recipe, *, trust_remote_code: bool = False) -> Inspection:
         UserError: the data cannot be read, or the roles cannot be taken from them: there is nothing to look at.
     """
     section = recipe.dataset
-    asked = section.path is not None and hub_id(section.path) is not None
-    if asked or is_on_hub(recipe.model.checkpoint) or is_on_hub(recipe.model.tokenizer):
-        use_cache_if_unreachable()
+    reach_hub(recipe)
     selection = select_rows(section)
     scans = [scan_role(section, role, *rows, selection.label_names) for role, rows in selection.roles.items()]
     findings = list(all_findings(scans))
@@ -101,6 +101,12 @@ def inspect(recipe: Recipe, *, trust_remote_code: bool = False) -> Inspection:
         notes.append(f"the tokens were not looked at: {error}")
     except UserError as error:
         findings.append(_refused("tokenizer", error))
+    try:
+        check_files(recipe.model)
+    except CannotLoad:
+        pass  # it has been told
+    except UserError as error:
+        findings.append(_refused("other files", error))
     if section.sha256 and not any(finding.severity == "error" for finding in findings):
         try:
             load_labelled(section)
@@ -177,6 +183,28 @@ def _summarised(
 
 
 # --- for people -------------------------------------------------------------------------------------------------------
+
+
+def look_at(recipes: Sequence[str], overrides: Sequence[str] = (), *, trust_remote_code: bool = False) -> bool:
+    """Print what is in the data of recipes, each by itself; whether training would take all of them.
+
+    Args:
+        recipes: paths or names.
+        overrides: `section.key=value`, for all of them.
+        trust_remote_code: as `inspect`.
+    """
+    sound = True
+    for recipe in recipes:
+        try:
+            inspection = inspect(load_recipe(find_recipe(recipe)[1], overrides), trust_remote_code=trust_remote_code)
+        except UserError as error:
+            complain(error)
+            sound = False
+            continue
+        say(f"\n{recipe}", "bold")
+        print_inspection(inspection)
+        sound = sound and not inspection.errors
+    return sound
 
 
 def print_inspection(inspection: Inspection) -> None:

@@ -10,8 +10,18 @@ from collections.abc import Mapping, Sequence
 
 TRAINER = "accel_trainer.train"
 LAUNCHER = (sys.executable, "-m", "accelerate.commands.launch")
+# What a launch tells the processes that it starts; the launches inside of it must not hear it.
+LAUNCH_VARIABLES = (
+    *("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "MASTER_"),
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
+)
 STDERR = 2  # its number, because `sys.stderr` may be no file
 LAST_LINES = 20
+
+
+def no_launch_around() -> dict[str, str]:
+    """The environment of this process without what a launch around it put there."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(LAUNCH_VARIABLES)}
 
 
 def launched(
@@ -21,7 +31,7 @@ def launched(
 
     Args:
         command: the launcher's.
-        environment: None for this process's own.
+        environment: None for this process's own, without what a launch around it put there.
         shown: let all that it says go to stderr.
 
     Returns:
@@ -30,7 +40,7 @@ def launched(
     # A session of its own, because a signal to accelerate's launcher alone leaves the trainer running.
     process = subprocess.Popen(
         command,
-        env=environment,
+        env=no_launch_around() if environment is None else environment,
         stdin=subprocess.DEVNULL,
         stdout=STDERR if shown else subprocess.DEVNULL,
         stderr=None if shown else subprocess.PIPE,

@@ -10,13 +10,13 @@ from __future__ import annotations
 import logging
 import os
 import re
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path, PurePosixPath
 
+from accel_trainer import git_version
 from accel_trainer.errors import UserError
 
 SCHEMA = "recipe.schema.json"
@@ -45,7 +45,7 @@ class Library:
 
     def version(self) -> str:
         """Branch, tag and commit, as far as they are known; else empty."""
-        return self.commit[:7] if self.commit else _git_version(self.folder) if self.is_checkout else ""
+        return self.commit[:7] if self.commit else git_version.version(self.folder) if self.is_checkout else ""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def libraries(*, hub: bool = True) -> Iterator[Library | UserError]:
         yield Library(Path("recipes"), "./recipes")
     # A colon separates, but not the one of hf://.
     for entry in filter(None, re.split(re.escape(os.pathsep) + "(?!//)", os.environ.get(VARIABLE, ""))):
-        folder = _expanded(entry)
+        folder = expanded(entry)
         if _is_folder(folder):
             yield Library(_library_in(folder), entry, is_checkout=True)
         elif hub:
@@ -108,8 +108,8 @@ def find_recipe(recipe: str) -> tuple[str, Path]:
     Raises:
         UserError: there is neither such a file nor such a name, or a library to look it up in cannot be had.
     """
-    path = _expanded(recipe)
-    if _is_file(path):
+    path = expanded(recipe)
+    if is_file(path):
         return _name_of(path), path
     for library in libraries():
         if isinstance(library, UserError):
@@ -127,7 +127,7 @@ def schema_address(recipe: Path) -> str:
     """
     folder = recipe.absolute().parent
     for above in (folder, *folder.parents):
-        if _is_file(above / SCHEMA):
+        if is_file(above / SCHEMA):
             return Path(os.path.relpath(above / SCHEMA, folder)).as_posix()
         if (above / ".git").exists():
             break
@@ -135,13 +135,6 @@ def schema_address(recipe: Path) -> str:
 
 
 # --- entries of the variable ------------------------------------------------------------------------------------------
-
-
-def _expanded(text: str) -> Path:
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:  # ~somebody without a home
-        return Path(text)
 
 
 def _library_in(folder: Path) -> Path:
@@ -199,26 +192,22 @@ def _snapshot(repository: str, revision: str | None) -> Path:
             enable_progress_bars()
 
 
-def _git_version(folder: Path) -> str:
-    def git(*arguments: str) -> str:
-        # No program that the checkout's own settings name.
-        command = ["git", "-c", "core.fsmonitor=false", "-C", str(folder), *arguments]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
-        except (OSError, subprocess.SubprocessError):  # no git, no checkout, or one too slow to wait for
-            return ""
-        return done.stdout.strip()
-
-    branch, commit = git("branch", "--show-current"), git("describe", "--tags", "--always", "--dirty=, changed")
-    return f"{branch} at {commit}" if branch and commit else commit
-
-
 # --- files ------------------------------------------------------------------------------------------------------------
+
+
+def expanded(text: str) -> Path:
+    """The path that somebody typed, with their home folder for `~`."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # ~somebody without a home
+        return Path(text)
+
 
 # Path's own raise where a name is too long or a folder cannot be read.
 
 
-def _is_file(path: Path) -> bool:
+def is_file(path: Path) -> bool:
+    """Whether a file lies there, whatever is typed."""
     return os.path.isfile(path)  # noqa: PTH113
 
 
@@ -231,7 +220,7 @@ def _recipe_at(folder: Path, name: str) -> Path | None:
     if PurePosixPath(name).as_posix() != name or name.startswith("/") or ".." in PurePosixPath(name).parts:
         return None
     paths = (folder / f"{name}{suffix}" for suffix in SUFFIXES)
-    return next((path for path in paths if _is_file(path) and _is_recipe(path)), None)
+    return next((path for path in paths if is_file(path) and _is_recipe(path)), None)
 
 
 def recipes_in(folder: Path) -> dict[str, Path]:

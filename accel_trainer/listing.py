@@ -11,8 +11,8 @@ from fnmatch import fnmatchcase
 from accel_trainer.errors import UserError
 from accel_trainer.library import VARIABLE, Entry, entries
 from accel_trainer.recipe import Recipe
-from accel_trainer.recipe_file import load_recipe
-from accel_trainer.results_table import as_written, checkpoint_named, dataset_named, score
+from accel_trainer.recipe_file import glance
+from accel_trainer.results import checkpoint_named, dataset_named, score
 from accel_trainer.terminal import Style, print_table, say
 
 WIDEST = 40  # characters of a checkpoint or dataset in the table
@@ -74,20 +74,11 @@ def rows(pattern: str | None = None) -> list[Row]:
 
 def _row(entry: Entry) -> Row:
     try:
-        recipe = as_written(entry.path)
+        recipe, is_sound = glance(entry.path)
     except UserError:
         return Row(entry)
     named = checkpoint_named(recipe.model), dataset_named(recipe.dataset)
-    return Row(entry, recipe.problem_type, *named, _recorded(recipe), _loads(entry))
-
-
-def _loads(entry: Entry) -> bool:
-    """Whether the files that the recipe names are there too."""
-    try:
-        load_recipe(entry.path)
-    except UserError:
-        return False
-    return True
+    return Row(entry, recipe.problem_type, *named, _recorded(recipe), is_sound)
 
 
 def _recorded(recipe: Recipe) -> str:

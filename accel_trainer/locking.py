@@ -15,7 +15,7 @@ from accel_trainer.inputs import read_inputs
 from accel_trainer.library import find_recipe
 from accel_trainer.model_files import WEIGHTS
 from accel_trainer.recipe import Recipe
-from accel_trainer.recipe_edit import edit, read_text, write_recipe
+from accel_trainer.recipe_edit import changing, edit
 from accel_trainer.recipe_file import load_recipe, parse_recipe, read_overrides
 from accel_trainer.tracking import logger
 
@@ -46,7 +46,18 @@ def lock_recipe(recipe: str, overrides: Sequence[str] = (), *, trust_remote_code
                 f"lock: {dotted(keys)} would change the recipe; give revisions only ({', '.join(map(dotted, REVISIONS))}), or "
                 "make a recipe with other values first: accel-trainer copy FROM TO section.key=value"
             )
-    asked = load_recipe(path, overrides)
+    with changing(path) as change:  # before anything is read: it may take long, and be in vain
+        locked, changes = _locks(load_recipe(path, overrides), trust_remote_code=trust_remote_code)
+        change.text = edit(change.text, changes)
+        assert parse_recipe(change.text, str(path), base=path.parent) == locked
+    for keys, value in changes.items():
+        if value is not ABSENT:
+            logger.info("%s: %s", dotted(keys), value if isinstance(value, str) else f"SHA-256 of {', '.join(value)}")
+    return path
+
+
+def _locks(asked: Recipe, *, trust_remote_code: bool) -> tuple[Recipe, dict[Keys, Any]]:
+    """A recipe with commits and hashes of what is read for it, and these as changes of its text."""
     locked = read_inputs(_without_hashes(asked), trust_remote_code=trust_remote_code).recipe
     if asked.model.checkpoint is not None and not any(map(WEIGHTS.fullmatch, locked.model.sha256 or {})):
         raise UserError(
@@ -58,13 +69,7 @@ def lock_recipe(recipe: str, overrides: Sequence[str] = (), *, trust_remote_code
     for section, key in LOCKS:
         wanted[section][key] = values[section][key]
         changes[section, key] = ABSENT if values[section][key] is None else values[section][key]
-    text = edit(read_text(path), changes)
-    assert parse_recipe(text, str(path), base=path.parent).model_dump() == wanted
-    write_recipe(path, text)
-    for keys, value in changes.items():
-        if value is not ABSENT:
-            logger.info("%s: %s", dotted(keys), value if isinstance(value, str) else f"SHA-256 of {', '.join(value)}")
-    return path
+    return Recipe.model_validate(wanted), changes
 
 
 def _without_hashes(recipe: Recipe) -> Recipe:

@@ -25,8 +25,8 @@ from accel_trainer.classifier import Classifier
 from accel_trainer.packing import Packing
 from accel_trainer.tokenization import Batch
 
-# Measured by benchmarks/memory.py. A process grows beyond what it holds: what is freed between what is kept is too small a gap
-# for the next tensor of its size (glibc 2.36), the more so when activations are computed again, layer by layer.
+# Measured by benchmarks/memory.py. A process grows beyond what it holds, the more so when activations are computed again, layer
+# by layer: probably what is freed between what is kept is too small a gap for the next tensor of its size (glibc 2.36).
 SCATTER = 1.8
 LAYERS_AGAIN = 3
 PROCESS = 45 * 2**20  # bytes of what libraries load and allot when they are first used

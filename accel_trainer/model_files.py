@@ -5,7 +5,6 @@ A recipe whose `model.sha256` names them trains on the same bytes or not at all.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator
 from functools import lru_cache
@@ -14,11 +13,13 @@ from typing import NamedTuple
 
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
+from accel_trainer import writing
 from accel_trainer.errors import CannotLoad, UserError
 from accel_trainer.recipe import ModelSection
 
 CONFIG = "config.json"  # a tokenizer without a class of its own is looked up by it too
 WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 TOKENIZER_FILES = frozenset(
     [
         "tokenizer.json",
@@ -98,13 +99,21 @@ def pinned_files(section: ModelSection) -> ModelSection:
 def check_files(section: ModelSection) -> None:
     """See that a locked model's files are those that it was locked to, before anything is read from them.
 
+    Those of the Hub are of a commit, or a file that has come since would be read.
+
     Raises:
-        UserError: one differs, is missing, or has come into the folder since.
+        UserError: one differs, is missing, has come into the folder since, or can come since a branch or tag is named.
     """
     if section.sha256 is None:
         return
     unread = set(section.sha256)
     for repository in _repositories(section):
+        if not repository.is_local and not _COMMIT.fullmatch(repository.revision):
+            key = "tokenizer_revision" if repository.key == "model.tokenizer" else "revision"
+            raise UserError(
+                f"model.{key}: {repository.revision} of {repository.name} may move to other files than those of model.sha256; "
+                "give a commit, or lock the recipe anew (accel-trainer lock)"
+            )
         names = {file: name for name in unread if repository.reads(file := name.removeprefix(repository.prefix))}
         locked = {file: section.sha256[name] for file, name in names.items() if name.startswith(repository.prefix)}
         unread -= {repository.prefix + file for file in locked}
@@ -156,5 +165,4 @@ def _sha256(path: Path) -> str:
 @lru_cache(maxsize=64)
 def _hashed(path: Path, _size: int, _mtime_ns: int) -> str:
     """SHA-256 of a file; what is checked before it is loaded is not read again when it is recorded."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return writing.sha256(path)

@@ -27,7 +27,7 @@ from accel_trainer.recipe_paths import similar_path
 from accel_trainer.splits import parse_slices
 
 MOST_FILES = 10_000  # of a folder that are looked through for one with data
-HEAD = 1 << 16  # bytes of a table that its header stands in
+HEAD = 1 << 16  # characters of a table that its header stands in
 
 _OPENERS: dict[str | None, Callable[[Path], Any]] = {
     None: lambda path: path.open("rb"),
@@ -188,13 +188,15 @@ def _header(file: Path, encoding: str | None) -> list[str] | None:
 
 
 def _head(stream: BinaryIO, encoding: str | None) -> str:
-    """The beginning of a text, decoded as all of it would be."""
-    head = stream.read(HEAD)
-    end = head.rfind(b"\n") + 1 if encoding is None else 0
-    guesses = [encoding] if encoding and codecs.lookup(encoding).name != "utf-8" else ["utf-8-sig"]
-    for guess in guesses if encoding else [*guesses, "gb18030"]:
-        try:
-            return head[: end or None].decode(guess)
-        except UnicodeDecodeError:
-            continue
-    raise ValueError
+    """The whole lines at the beginning of a text, as all of it would be decoded.
+
+    Raises:
+        ValueError: they are no text in the encoding, UTF-8 if none is given: what they are shows when all of the data is read.
+        LookupError: there is no such encoding.
+    """
+    if encoding is None or codecs.lookup(encoding).name == "utf-8":
+        encoding = "utf-8-sig"
+    text = io.TextIOWrapper(stream, encoding=encoding, newline="").read(HEAD)
+    if "\0" in text:  # UTF-16, perhaps
+        raise ValueError
+    return text if len(text) < HEAD else text[: text.rfind("\n") + 1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from accel_trainer.library import find_recipe
+from accel_trainer.writing import sha256
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def origin_of(recipe: str, overrides: Sequence[str] = ()) -> Origin:
         UserError: there is none.
     """
     name, path = find_recipe(recipe)
-    sha256 = None
+    digest = None
     with suppress(OSError):
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Origin(name, path.absolute(), tuple(overrides), sha256)
+        digest = sha256(path)
+    return Origin(name, path.absolute(), tuple(overrides), digest)

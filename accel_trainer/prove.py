@@ -28,7 +28,7 @@ from accel_trainer import batching, hardware
 from accel_trainer.errors import TrainingFailed, UserError
 from accel_trainer.evaluation import predict_logits
 from accel_trainer.inputs import read_inputs
-from accel_trainer.launching import LAUNCHER, TRAINER, launched
+from accel_trainer.launching import LAUNCH_VARIABLES, LAUNCHER, TRAINER, launched, no_launch_around
 from accel_trainer.library import find_recipe, shipped
 from accel_trainer.plan import TrainingPlan
 from accel_trainer.recipe_file import load_recipe
@@ -57,8 +57,6 @@ QUIET = (
 )
 
 
-# What a launch around this command would tell the launches inside it.
-LAUNCH_VARIABLES = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_")
 REORDERED = "1 process, summed in reverse"
 
 
@@ -243,7 +241,9 @@ def take_steps(
         launch += ["--output_dir", str(folder), "--max_tokens_per_device", str(layout.max_tokens)]
         launch += ["--layout", layout.layout]
         launch += ["--stop_after", str(leg.until), "--resume", *["--trust_remote_code"] * trust_remote_code]
-        _, said = launched(launch, alone_in(folder.parent))
+        _, said = launched(
+            launch, {**no_launch_around(), "TMPDIR": str(folder.parent)}
+        )  # where torchrun leaves folders
         status = RunFolder(folder).status()
         if (status.get("state"), status.get("step")) != ("interrupted", leg.until):
             told = status.get("reason") if status.get("state") == "failed" else None
@@ -257,12 +257,6 @@ def take_steps(
     trace = Trace(loss, grad_norm, rate, flat(load_file(last / "optimizer.safetensors")), fixed_logits(run))
     shutil.rmtree(folder)  # weights and optimizer of a large model, for every layout
     return trace
-
-
-def alone_in(place: Path) -> dict[str, str]:
-    """The environment of a launch that no launch is around."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCH_VARIABLES)}
-    return {**environment, "TMPDIR": str(place)}  # where torchrun leaves folders
 
 
 def table(

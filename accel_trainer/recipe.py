@@ -197,6 +197,9 @@ class DatasetSection(Section):
         if self.text_pair_column == self.text_column:
             remedy = "name the column that holds the second text"
             yield Broken("text_pair_column", "it is text_column again", remedy, ("text_column",))
+        if self.label_column in self.text_columns:
+            same = "text_column" if self.label_column == self.text_column else "text_pair_column"
+            yield Broken("label_column", f"it is {same} too", "name the column that holds the label", (same,))
 
 
 class TokenizerTraining(Section):

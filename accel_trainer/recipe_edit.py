@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import yaml
+from filelock import FileLock, Timeout
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from accel_trainer.draft import ABSENT, Draft, Keys, dotted
@@ -19,8 +22,12 @@ from accel_trainer.respelling import respell
 from accel_trainer.writing import replaced
 from accel_trainer.yaml_text import write_yaml
 
+REMEDY = "copy it to a library of your own (accel-trainer copy FROM TO), and name the copy"
+PATIENCE = 60.0  # seconds to wait for another command that changes the same file
+
 _BREAKS = "\r\n\x85\u2028\u2029"  # where PyYAML ends a line, and so a comment
 _COMMENT = re.compile(rf"#[^{_BREAKS}]*")
+_BLANK_LINES = re.compile(rf"(?:[ \t]*(?:\r\n|[{_BREAKS}]))*")
 _LINE_END = re.compile(rf"\r\n|[{_BREAKS}]|\Z")
 
 
@@ -49,8 +56,12 @@ def edit(text: str, changes: Mapping[Keys, Any]) -> str:
         if value is ABSENT and isinstance(outer, dict):
             outer.pop(keys[-1], None)
     edited = _Editor(text).rewritten(before, after.values)
-    assert _values(edited) == after.values  # better no file than another recipe
-    return mark + edited
+    with suppress(RecipeError):
+        if _values(edited) == after.values:
+            return mark + edited
+    raise UserError(  # better no file than another recipe
+        f"{', '.join(map(dotted, changes))}: in this text, nothing can be set without changing something else; set it by hand"
+    )
 
 
 def read_text(path: Path) -> str:
@@ -67,22 +78,79 @@ def read_text(path: Path) -> str:
         ) from error
 
 
-def write_recipe(path: Path, text: str) -> None:
-    """Replace the text of a recipe, at once.
+class Change:
+    """A recipe's text, to be exchanged for another one."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+@contextmanager
+def changing(path: Path) -> Iterator[Change]:
+    """The text of a recipe's file, which gets the new one when the block ends; other commands that change it wait.
 
     Raises:
-        UserError: it cannot be written, or belongs to what a package manager or the Hub's cache keeps.
+        UserError: it cannot be read or written, belongs to others, or an editor has changed it meanwhile.
     """
-    remedy = "copy it to a library of your own (accel-trainer copy FROM TO), and name the copy"
-    real = path.resolve()  # through links, which stay
+    refuse_kept(path)
+    with alone_with(path):
+        change = Change(before := read_text(path))
+        yield change
+        if read_text(path) != before:
+            raise UserError(f"{path}: another program has changed it meanwhile; nothing is written: try again")
+        if change.text != before:
+            write_recipe(path, change.text)
+
+
+@contextmanager
+def alone_with(path: Path) -> Iterator[None]:
+    """Keep other commands that change a file waiting. Beside it lies a lock, which is gone afterwards.
+
+    Raises:
+        UserError: another command changes it all the time, or its folder cannot be written.
+    """
+    real = path.resolve()
+    lock = FileLock(real.with_name(f".{real.name}.lock"), timeout=PATIENCE, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"{path}: another command is changing it; try again when that is done") from None
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise UserError(f"cannot write {path}: {error.strerror or error}; {REMEDY}") from error
+    try:
+        yield
+    finally:
+        if lock.is_locked:  # and nobody else's: who has opened the file and waits sees that it has no name any more
+            with suppress(OSError):
+                Path(lock.lock_file).unlink()
+        lock.release()
+
+
+def refuse_kept(path: Path) -> None:
+    """See that a recipe may be changed.
+
+    Raises:
+        UserError: it belongs to what a package manager or the Hub's cache keeps.
+    """
+    real = path.resolve()
     for folder, keeper in ((Path(__file__).parent, "the installed package"), (Path(HF_HUB_CACHE), "the Hub's cache")):
         if real.is_relative_to(folder.resolve()) or path.absolute().is_relative_to(folder):
-            raise UserError(f"{path}: it belongs to {keeper}, which is not to be changed; {remedy}")
+            raise UserError(f"{path}: it belongs to {keeper}, which is not to be changed; {REMEDY}")
+
+
+def write_recipe(path: Path, text: str) -> None:
+    """Replace the text of a recipe, at once, through links, which stay.
+
+    Raises:
+        UserError: it cannot be written, or is not to be changed.
+    """
+    refuse_kept(path)
     try:
-        with replaced(real) as writing:
+        with replaced(path.resolve()) as writing:
             writing.write_bytes(text.encode())
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; {remedy}") from error
+        raise UserError(f"cannot write {path}: {error.strerror or error}; {REMEDY}") from error
 
 
 def _values(text: str) -> dict[str, Any]:
@@ -128,11 +196,18 @@ class _Editor:
         self.newline = "\r\n" if "\r\n" in text else "\n"
         self.spaced = self.newline * 2 in text  # sections stand apart
         self.comments: list[tuple[int, int]] = []
+        self.open_ends: set[int] = set()  # of blocks of text (|+) to which the blank lines that follow belong
         behind = 0
         for token in yaml.scan(text, Loader=yaml.SafeLoader):
             start, end = _extent(token)
             self.comments += [found.span() for found in _COMMENT.finditer(text, behind, max(start, behind))]
             behind = max(behind, end)
+            if (
+                isinstance(token, yaml.ScalarToken)
+                and token.style in ("|", ">")
+                and f"\n{token.value}".endswith("\n\n")
+            ):
+                self.open_ends.add(end)
 
     def rewritten(self, old: dict[str, Any], new: dict[str, Any]) -> str:
         """The text with the values `new` where it has `old`."""
@@ -178,6 +253,7 @@ class _Editor:
             first = next(iter(entries.values())).start if top is None else top
             place, lines = above[-1].end if above else first, self._lines({name: new[name]}, column)
             apart = self.spaced and not keys and above and isinstance(new[name], dict | list)
+            apart = apart and place not in self.open_ends
             yield _Splice(place, place, self.newline + lines if apart else lines)
 
     def _entry(self, key: yaml.Node, value: yaml.Node, column: int) -> _Entry:
@@ -191,18 +267,23 @@ class _Editor:
         """Nothing in the place of an entry, but for comments that have lines of their own."""
         comments = self._comments(entry.start, entry.stop)
         kept = [span for span in comments if not self.text[self._line_start(span[0]) : span[0]].strip()]
-        start, rest = entry.start, self.text[entry.stop :]
-        if not kept and self.text.endswith(self.newline * 2, 0, start) and (not rest or rest.startswith(self.newline)):
+        start, stop, rest = entry.start, entry.stop, self.text[entry.stop :]
+        if start in self.open_ends and not kept:
+            stop = cast(re.Match[str], _BLANK_LINES.match(self.text, stop)).end()
+        elif (
+            not kept and self.text.endswith(self.newline * 2, 0, start) and (not rest or rest.startswith(self.newline))
+        ):
             start -= len(self.newline)  # two blank lines would meet
-        return _Splice(start, entry.stop, self._above(kept, column))
+        return _Splice(start, stop, self._above(kept, column))
 
     def _replaced(self, entry: _Entry, value: Any, column: int) -> _Splice:
         """The entry with another value, the comment behind it in its column."""
         colon = re.compile(r"[ \t]*:").match(self.text, _extent(entry.key)[1])
         after = colon.end() if colon else _extent(entry.key)[1]
         comments = self._comments(after, entry.stop)
-        beside = [span for span in comments if span[0] < self._after_line(after)][:1]
         first, *below = self._lines({"k": value}, column).removeprefix(" " * column + "k:").splitlines(keepends=True)
+        is_long = isinstance(value, str) and below  # text that goes on: what stands behind its first line is part of it
+        beside = [span for span in comments if span[0] < self._after_line(after) and not is_long][:1]
         written = self._lines({entry.key.value: None}, column).rstrip().removesuffix(" null")
         head = self.text[entry.start : after] if colon else written
         line = head + first.rstrip(_BREAKS)

@@ -16,6 +16,7 @@ from typing import Any
 
 from accel_trainer.draft import ABSENT, Draft, Keys, Unreadable, dotted, shown
 from accel_trainer.errors import Mistake, RecipeError
+from accel_trainer.file_names import is_data_file
 from accel_trainer.recipe import Recipe
 from accel_trainer.recipe_check import checked
 from accel_trainer.recipe_fields import allowed_at
@@ -27,6 +28,14 @@ from accel_trainer.yaml_text import MAX_DEPTH, read_plain, read_yaml, write_yaml
 COMMAND_LINE = "command line"
 MAX_BYTES = 1_000_000
 
+_OF_ACCELERATE = {
+    "compute_environment",
+    "distributed_type",
+    "mixed_precision",
+    "num_machines",
+    "num_processes",
+    "use_cpu",
+}
 _LABELS: Keys = ("dataset", "labels")  # class names are text however they look: `[no, yes]`, `{0: bad, 1: good}`
 
 
@@ -42,17 +51,44 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return _faultless(*examine_recipe(path, overrides))
 
 
+def as_written(path: str | Path) -> Recipe:
+    """The recipe in a YAML file, with the files and folders that it names as they stand there, wherever these are.
+
+    Raises:
+        RecipeError: every mistake of the file, in the order of its lines.
+    """
+    return _faultless(*_written(path))
+
+
+def glance(path: str | Path) -> tuple[Recipe, bool]:
+    """As `as_written`, and whether what it names is there; folders are not searched for what globs match.
+
+    Raises:
+        RecipeError: as `as_written`.
+    """
+    recipe, draft = _written(path)
+    _faultless(recipe, draft)
+    resolve_paths(draft, Path(path).parent, globs=False)
+    return recipe, not draft.mistakes
+
+
 def examine_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Draft]:
     """As `load_recipe`, but mistakes stay in the draft, in that order; what they spoil is a stand-in in the recipe.
 
     Raises:
         RecipeError: nothing can be read.
     """
-    source, path = str(path), Path(path)
-    draft = Draft(source)
+    return _examined(_content(path), str(path), overrides, Path(path).parent)
+
+
+def _content(path: str | Path) -> bytes:
+    draft, path = Draft(str(path)), Path(path)
+    if is_data_file(path.name) and path.suffix not in (".yaml", ".yml"):
+        draft.fault((), "this is a table, no recipe", "name it in a recipe: dataset.path")
+        raise RecipeError(draft.mistakes)
     try:
         with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
+            return file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         draft.fault((), "there is no such file", similar_files(path))
     except IsADirectoryError:
@@ -60,8 +96,6 @@ def examine_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Rec
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         draft.fault((), f"the file cannot be read: {reason}", "check its name and permissions")
-    else:
-        return _examined(content, source, overrides, path.parent)
     raise RecipeError(draft.mistakes)
 
 
@@ -77,15 +111,29 @@ def parse_recipe(
 
 
 def _examined(text: str | bytes, source: str, overrides: Sequence[str], base: Path | None) -> tuple[Recipe, Draft]:
+    draft = _drafted(text, source, overrides)
+    _refuse_idle_epochs(draft)
+    resolve_paths(draft, base)
+    recipe = checked(draft)
+    draft.mistakes.sort(key=reading_order)
+    return recipe, draft
+
+
+def _written(path: str | Path) -> tuple[Recipe, Draft]:
+    draft = _drafted(_content(path), str(path))
+    recipe = checked(draft)
+    draft.mistakes.sort(key=reading_order)
+    return recipe, draft
+
+
+def _drafted(text: str | bytes, source: str, overrides: Sequence[str] = ()) -> Draft:
+    """What is written, under the recipe's own names, without secrets."""
     draft = read_draft(text, source)
     respell(draft)
     for typed in overrides:
         _apply_override(draft, typed)
     _refuse_secrets(draft, draft.values)
-    resolve_paths(draft, base)
-    recipe = checked(draft)
-    draft.mistakes.sort(key=reading_order)
-    return recipe, draft
+    return draft
 
 
 def _faultless(recipe: Recipe, draft: Draft) -> Recipe:
@@ -157,6 +205,8 @@ def _read_mapping(text: str, draft: Draft) -> dict[str, Any]:
         draft.fault((), "the file is empty", "start from a recipe that ships with the package")
     elif not isinstance(value, dict):
         draft.fault((), "this is no recipe", "write sections such as dataset:, with their keys indented below")
+    elif len(value.keys() & _OF_ACCELERATE) > 1:
+        draft.fault((), "this is an accelerate config, no recipe", "give it by --config_file")
     else:
         return value
     raise Unreadable
@@ -202,6 +252,15 @@ def _apply_override(draft: Draft, typed: str) -> list[Keys]:
     draft.faulty |= side.faulty
     draft.suspects |= side.suspects
     return found
+
+
+def _refuse_idle_epochs(draft: Draft) -> None:
+    """Epochs on the command line do nothing where the file has max_steps, which win."""
+    steps, epochs = ("training", "max_steps"), ("training", "num_train_epochs")
+    of_file = draft.get(steps) is not None and not draft.spot(steps).override
+    if of_file and draft.get(epochs) is not None and draft.spot(epochs).override:
+        wins = f"it has no effect: max_steps wins, {draft.spot(steps).written} in line {draft.spot(steps).line}"
+        draft.fault(epochs, wins, "add training.max_steps=null")
 
 
 def _refuse_secrets(draft: Draft, value: Any, keys: Keys = ()) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import cast
 
@@ -18,8 +19,11 @@ _HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]
 MOST_ENTRIES = 10_000  # of a folder that are looked through for a name like another
 
 
-def resolve_paths(draft: Draft, beside: Path | None) -> None:
-    """Make the files and folders that the draft names absolute; report those that exist nowhere."""
+def resolve_paths(draft: Draft, beside: Path | None, *, globs: bool = True) -> None:
+    """Make the files and folders that the draft names absolute; report those that exist nowhere.
+
+    With `globs=False` folders are not searched: a glob is taken to match something.
+    """
     singles: list[Keys] = [("model", "checkpoint"), ("model", "tokenizer"), ("dataset", "path")]
     for keys in singles:
         value = draft.get(keys)
@@ -30,6 +34,8 @@ def resolve_paths(draft: Draft, beside: Path | None) -> None:
     if ("dataset", "path") in draft.faulty or (isinstance(path, str) and not Path(path).is_absolute()):
         return  # files of a Hub repository or of an address
     for keys, value in list(_texts(draft.get(files), files)):
+        if not globs and glob.has_magic(value):
+            continue
         inside = isinstance(path, str) and Path(path).is_dir()
         places = [Path(path)] if inside else _search_places(draft, keys, beside)
         _resolve(draft, keys, value, places, optional=False)
@@ -63,6 +69,8 @@ def _resolve(draft: Draft, keys: Keys, value: str, places: Sequence[Path], *, op
         looked = "it is absolute" if wanted.is_absolute() else f"looked in {' and '.join(map(str, places))}"
         near = next(filter(None, (similar_path(place, wanted) for place in places)), None)
         hint = f"did you mean {near}? " if near else ""
+        if keys[1] == "data_files" and any(_is_search_of_the_disk(place / wanted) for place in places):
+            hint = "** is searched for neither below / nor below a home folder: name the folder that holds the files; "
         draft.fault(keys, f"no such file or folder: '{shown(value)}'", f"{hint}{looked}")
 
 
@@ -72,7 +80,7 @@ def _absolute(place: Path, wanted: Path, *, globs: bool) -> str | None:
     if _exists(path):
         # A link keeps its own name: the Hub's cache stores content under names without a suffix.
         return str(path.resolve() if path.is_dir() else path.parent.resolve() / path.name)
-    if not globs or not glob.has_magic(str(wanted)):
+    if not globs or not glob.has_magic(str(wanted)) or _is_search_of_the_disk(path):
         return None
     root = Path(path.anchor) if wanted.is_absolute() else place.resolve()
     pattern = wanted.relative_to(root) if wanted.is_absolute() else wanted
@@ -83,6 +91,18 @@ def _absolute(place: Path, wanted: Path, *, globs: bool) -> str | None:
     except (OSError, ValueError):  # a folder that may not be read, a null byte, ** within a name
         return None
     return str(Path(glob.escape(str(root))) / pattern) if matches else None
+
+
+def _is_search_of_the_disk(path: Path) -> bool:
+    """Whether a glob means everything below `/`, or below somebody's home folder or one above it."""
+    if "**" not in path.parts:
+        return False
+    fixed = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
+    home = Path(os.path.realpath(os.path.expanduser("~")))  # noqa: PTH111 (Path's own raises where there is none)
+    try:
+        return Path(os.path.realpath(fixed)) in (Path(fixed.anchor), home, *home.parents)
+    except ValueError:  # a null byte
+        return False
 
 
 def _exists(path: Path) -> bool:

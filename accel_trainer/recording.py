@@ -5,8 +5,6 @@ A recipe that says what it came to, on what and with which versions, can be aske
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,14 +12,14 @@ from typing import Any
 
 from accel_trainer.differences import FIXED_BY_A_RUN, PLACES, differences, short
 from accel_trainer.errors import RunFolderError, UserError
-from accel_trainer.library import find_recipe
+from accel_trainer.library import find_recipe, is_file
 from accel_trainer.recipe import Recipe, Result
-from accel_trainer.recipe_edit import edit, read_text, write_recipe
-from accel_trainer.recipe_file import load_recipe, parse_recipe
-from accel_trainer.results_table import as_written, library_of, write_table
+from accel_trainer.recipe_edit import alone_with, changing, edit
+from accel_trainer.recipe_file import as_written, load_recipe, parse_recipe
+from accel_trainer.results import check_tolerance, rounded
+from accel_trainer.results_table import library_of, write_table
 from accel_trainer.run_folder import RunFolder
 
-DIGITS = 6  # significant ones of a recorded metric
 PACKAGES = ("accel_trainer", "torch", "transformers", "accelerate", "datasets")
 PRECISIONS = {"no": "float32"}
 MOST_SHOWN = 20  # differences
@@ -47,18 +45,19 @@ def record(run: Path, recipe: str | None = None, tolerance: float | None = None)
     Raises:
         UserError: the run is not done, or is not what the recipe says now; or the file cannot be written.
     """
-    if tolerance is not None and not 0 <= tolerance < math.inf:
-        raise UserError(f"--tolerance {tolerance}: give the largest difference to accept, such as 0.01")
+    check_tolerance(tolerance)
     result = result_of(run)
     path = recipe_of(run) if recipe is None else find_recipe(recipe)[1].absolute()
-    now = load_recipe(path)
-    refuse_other(run, path, now)
-    changed = edit(read_text(path), {("results",): [_plain(entry) for entry in merged(now.results, result, tolerance)]})
-    parse_recipe(changed, str(path), base=path.parent)  # raises what a reader would
-    write_recipe(path, changed)
+    with changing(path) as change:
+        now = load_recipe(path)
+        refuse_other(run, path, now)
+        results = [_plain(entry) for entry in merged(now.results, result, tolerance)]
+        change.text = edit(change.text, {("results",): results})
+        parse_recipe(change.text, str(path), base=path.parent)  # raises what a reader would
     library = library_of(path)
     if library is not None:
-        write_table(library)
+        with alone_with(library / "README.md"):  # of what all others have recorded by now
+            write_table(library)
     return path
 
 
@@ -75,7 +74,10 @@ def result_of(run: Path) -> Result:
             f"the run is {status['state']}, at step {status.get('step')}" if "state" in status else "there is no run"
         )
         raise RunFolderError(f"{run}: {state}; give the folder of a run that is done, or go on with it (--resume)")
-    results, facts = read_json(folder.results), read_json(folder.run)
+    results, facts = folder.scores(), folder.facts()
+    for path, found in ((folder.results, results), (folder.run, facts)):
+        if not found:
+            raise RunFolderError(f"{path}: it is missing or empty; give the folder of a run that is done")
     if "started_at" not in facts:
         raise RunFolderError(f"{folder.run}: an earlier version wrote it, without the day of the run; train again")
     recipe = as_written(folder.recipe)
@@ -88,16 +90,23 @@ def result_of(run: Path) -> Result:
         raise RunFolderError(
             f"{folder.results}: no split was scored; give the recipe a labelled validation or test split"
         )
-    train = results["train"]
-    best = train["best_step"] if recipe.saving.load_best_model_at_end else None
-    return Result(
-        date=facts["started_at"][: len("2026-01-31")],
-        step=train["steps"] if best is None else best,
-        metrics=metrics,
-        hardware=hardware_named(facts["hardware"]),
-        duration=rounded(train["train_runtime"], 3),
-        versions={package: facts["versions"][package] for package in PACKAGES if facts["versions"].get(package)},
-    )
+    try:
+        train = results["train"]
+        best = train["best_step"] if recipe.saving.load_best_model_at_end else None
+        return Result(
+            date=facts["started_at"][: len("2026-01-31")],
+            step=train["steps"] if best is None else best,
+            metrics=metrics,
+            hardware=hardware_named(facts["hardware"]),
+            duration=rounded(train["train_runtime"], 3),
+            versions={package: facts["versions"][package] for package in PACKAGES if facts["versions"].get(package)},
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else "a value is of the wrong kind"
+        raise RunFolderError(
+            f"{run}: {folder.run.name} and {folder.results.name} are not what a run leaves ({reason}); give another run, or "
+            "train again"
+        ) from error
 
 
 def recipe_of(run: Path) -> Path:
@@ -107,9 +116,9 @@ def recipe_of(run: Path) -> Path:
         RunFolderError: the run does not say, or the file is not there.
     """
     folder = RunFolder(run)
-    told = read_json(folder.run).get("recipe")
-    path = Path(told["path"]) if told else None
-    if path is None or not path.is_file():
+    told = (folder.facts().get("recipe") or {}).get("path")
+    path = Path(told) if isinstance(told, str) else None
+    if path is None or not is_file(path):
         what = "it does not say which recipe it is a run of" if path is None else f"its recipe {path} is not here"
         raise RunFolderError(f"{folder.run}: {what}; name the recipe: --recipe NAME")
     return path
@@ -170,13 +179,13 @@ def computed(recipe: Recipe) -> dict[str, Any]:
 
 
 def merged(results: Sequence[Result], new: Result, tolerance: float | None) -> list[Result]:
-    """Results by day, `new` in the place of the one from the same hardware, whose tolerance it keeps if none is given."""
+    """Results by day, `new` in the place of those from the same hardware, whose tolerance it keeps if none is given."""
     same = [result.hardware == new.hardware for result in results]
     if tolerance is None and any(same):
         tolerance = results[same.index(True)].tolerance
     new = new if tolerance is None else new.model_copy(update={"tolerance": tolerance})
-    kept = [new if replaces else result for result, replaces in zip(results, same, strict=True)]
-    return sorted(kept if any(same) else [*kept, new], key=lambda result: result.date)
+    kept = [result for result, replaced in zip(results, same, strict=True) if not replaced]
+    return sorted([*kept, new], key=lambda result: result.date)
 
 
 def hardware_named(facts: dict[str, Any]) -> str:
@@ -189,25 +198,6 @@ def hardware_named(facts: dict[str, Any]) -> str:
     ]
     compiled = facts["dynamo_backend"].lower()
     return ", ".join([*words, *([f"compiled by {compiled}"] if compiled != "no" else [])])
-
-
-def rounded(value: float, digits: int = DIGITS) -> float:
-    """A number with so many significant digits."""
-    return float(f"{value:.{digits}g}")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A file of a run.
-
-    Raises:
-        RunFolderError: it is missing, or not what a run leaves.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunFolderError(f"{path}: it cannot be read ({error}); give the folder of a run that is done") from error
-    assert isinstance(values, dict)
-    return values
 
 
 def _plain(result: Result) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from accel_trainer.errors import RunFolderError
 from accel_trainer.inputs import Inputs
 from accel_trainer.recipe import Recipe
 from accel_trainer.run_folder import RunFolder
-from accel_trainer.terminal import print_table, say
+from accel_trainer.terminal import gib, print_table, say
 from accel_trainer.writing import remove
 
 STEPS = 2  # one to save after, and one to take again after resuming
@@ -38,21 +38,28 @@ def leaving_nothing(folder: RunFolder) -> Iterator[None]:
     Raises:
         RunFolderError: another rehearsal is at work there, or the folder holds something else.
     """
+    made = [above for above in folder.path.parents if not above.exists()]
+    mark = folder.path / ".dry_run"
     with folder.locked():
         found = [path for path in folder.path.iterdir() if path.name != ".lock"]
-        if found and not folder.status():
+        if found and mark not in found:
             raise RunFolderError(
                 f"--dry_run needs the folder {folder.path}, which holds something else; move that away"
             )
+        mark.touch()
         for path in found:
-            remove(path)
+            if path != mark:
+                remove(path)
         try:
             yield
         finally:
             shutil.rmtree(folder.path, ignore_errors=True)
+            for above in made:
+                with suppress(OSError):  # something else is there by now
+                    above.rmdir()
 
 
-def rehearsed(inputs: Inputs) -> Inputs:
+def shortened_inputs(inputs: Inputs) -> Inputs:
     """The same inputs, shortened to slices and to steps that are each logged and saved, the last evaluated."""
     size = max(STEPS * inputs.recipe.training.global_batch_size, FEWEST)
     splits = {role: longest_rows(split, size) for role, split in inputs.splits.items()}
@@ -119,7 +126,7 @@ def show(results: dict[str, Any], first_time: list[float], again: list[float], p
         ),
         ("an evaluation", f"{train['evaluation_runtime']:.2f} s", "of the longest rows"),
         ("a checkpoint", f"{train['saving_runtime'] / train['steps']:.2f} s", ""),
-        ("peak memory", f"{peak_memory / 2**30:.2f} GiB", "of this process, the longest rows included"),
+        ("peak memory", gib(peak_memory), "of this process, Python and the libraries included, on the longest rows"),
         ("after resuming", f"{apart:.0e}", "relative difference of the loss of the same step"),
     ]
     print()

@@ -11,15 +11,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from accel_trainer.accelerate_config import of_launch
 from accel_trainer.differences import differences
 from accel_trainer.errors import EXIT_DONE, EXIT_USER_MISTAKE, Interrupted, RunFolderError, TrainingFailed, UserError
 from accel_trainer.launching import LAUNCHER, TRAINER, launched
 from accel_trainer.library import find_recipe
 from accel_trainer.recipe import Recipe, Result
-from accel_trainer.recipe_file import load_recipe
-from accel_trainer.recording import WHERE, computed, result_of, rounded, taking
-from accel_trainer.results_table import as_written, newest
-from accel_trainer.run_folder import RunFolder, opened
+from accel_trainer.recipe_file import as_written, load_recipe
+from accel_trainer.recording import WHERE, computed, result_of, taking
+from accel_trainer.results import check_tolerance, newest, rounded
+from accel_trainer.run_folder import RunFolder, opened, write_json
 from accel_trainer.signals import interrupted_by_signals
 from accel_trainer.terminal import Style, print_table, say
 
@@ -96,10 +97,8 @@ def reproduce(
         TrainingFailed: the run failed.
         Interrupted: a signal came; the run can be gone on from.
     """
-    if tolerance is not None and not 0 <= tolerance < math.inf:
-        raise UserError(f"--tolerance {tolerance}: give the largest difference to accept, such as 0.01")
-    if config_file is not None and not config_file.is_file():
-        raise UserError(f"--config_file {config_file}: there is no such file; name an accelerate config")
+    check_tolerance(tolerance)
+    of_launch(config_file)  # its mistakes are told: the launcher would end at the first of them, with a traceback
     name, path = find_recipe(recipe)
     asked = load_recipe(path, overrides)
     if not asked.results:
@@ -143,14 +142,24 @@ def train(command: Sequence[str], folder: RunFolder, *, resume: bool) -> None:
         Interrupted: it was.
     """
     with opened(folder, resume=resume):
-        (folder.path / "status.json").unlink(missing_ok=True)  # so that what it says afterwards is this launch's
+        before = folder.status()
+        if before:  # so that what it says afterwards is this launch's
+            folder.set_status("running", before.get("step") or 0)
+    started = folder.status()
     try:
         code, _ = launched(command, shown=True)
     except BaseException:
         with suppress(RunFolderError), folder.locked(patience=GRACE):  # the trainer outlives its launcher, to save
             pass
         raise
-    status = folder.status()
+    finally:
+        status = folder.status()
+        said_nothing = status == started
+        # A run that is done stays so, where the launch met a mistake before it went on with it.
+        is_kept = before.get("state") == "done" and status.get("exit_code") == EXIT_USER_MISTAKE
+        if before and (said_nothing or is_kept):
+            write_json(folder.path / "status.json", before)
+    status = {} if said_nothing else status
     reason = str(status.get("reason") or f"the launch ended with exit code {code}; what it said stands above")
     if status.get("state") == "interrupted":
         raise Interrupted(reason)

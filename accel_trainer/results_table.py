@@ -7,17 +7,15 @@ then keeps what is between them current.
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Sequence
+import re
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from urllib.parse import quote
 
-from accel_trainer.errors import RecipeError, UserError
+from accel_trainer.errors import UserError
 from accel_trainer.library import recipes_in
-from accel_trainer.recipe import DatasetSection, ModelSection, Recipe, Result
-from accel_trainer.recipe_check import checked
-from accel_trainer.recipe_file import read_draft
-from accel_trainer.respelling import respell
+from accel_trainer.recipe_file import as_written
+from accel_trainer.results import checkpoint_named, chosen_metric, dataset_named, newest, score
 from accel_trainer.writing import replaced
 
 BEGIN = "<!-- results: written by accel-trainer record; edits here are lost -->"
@@ -26,80 +24,28 @@ HEADERS = ("recipe", "description", "checkpoint", "dataset", "metric", "value", 
 NUMBERS = ("value", "duration")  # aligned to the right
 
 
-class Score(NamedTuple):
-    """The number that speaks for a result."""
-
-    role: str
-    metric: str
-    value: float
+def _plain(text: str) -> str:
+    """Text for a cell, on one line, in which Markdown finds no cell, no HTML, and no end of the table."""
+    return re.sub(r"([\\|])", r"\\\1", " ".join(text.split())).replace("<", "&lt;")
 
 
-def newest(results: Sequence[Result]) -> Result | None:
-    """The result of the latest day, the last one of that day."""
-    return max(reversed(results), key=lambda result: result.date, default=None)
-
-
-def chosen_metric(recipe: Recipe) -> str:
-    """The metric that decides which weights are best; where nothing but the loss does, the first metric."""
-    return recipe.evaluation.metric_for_best_model or next(iter(recipe.evaluation.metrics), "loss")
-
-
-def score(recipe: Recipe) -> Score | None:
-    """The newest result's value of the metric that speaks for the recipe: on the test rows, else on the validation rows."""
-    result, metric = newest(recipe.results), chosen_metric(recipe)
-    if result is None:
-        return None
-    roles = (role for role in ("test", "validation") if metric in result.metrics.get(role, {}))
-    return next((Score(role, metric, result.metrics[role][metric]) for role in roles), None)
-
-
-def checkpoint_named(model: ModelSection) -> str:
-    """What a recipe trains, in a word or two."""
-    return model.checkpoint or f"new {(model.from_config or {})['model_type']}"
-
-
-def dataset_named(dataset: DatasetSection) -> str:
-    """What a recipe trains on: the Hub's name of it, a folder, a file, or an address."""
-    if dataset.path is not None and "://" in dataset.path:
-        return dataset.path
-    if dataset.path is not None:
-        return f"{dataset.path} ({dataset.name})" if dataset.name else dataset.path
-    files = dataset.data_files or []
-    groups = [files] if isinstance(files, str) else files.values() if isinstance(files, dict) else files
-    names = [name for group in groups for name in ([group] if isinstance(group, str) else group)]
-    folders = {posixpath.dirname(name) for name in names}
-    return folders.pop() if len(names) > 1 and len(folders) == 1 and "" not in folders else ", ".join(names)
+def _link(text: str, address: str) -> str:
+    text = re.sub(r"([][])", r"\\\1", _plain(text))
+    return f"[{text}]({address})"
 
 
 def _linked(name: str) -> str:
     """A name for Markdown: an address under its last part."""
-    return f"[{posixpath.basename(name.rstrip('/'))}]({name})" if "://" in name else name
-
-
-def as_written(path: Path) -> Recipe:
-    """The recipe in a file, with the files and folders that it names as they stand there, wherever these are.
-
-    Raises:
-        UserError: it has mistakes, or cannot be read.
-    """
-    try:
-        draft = read_draft(path.read_bytes(), str(path))
-    except OSError as error:
-        raise UserError(
-            f"cannot read {path}: {error.strerror or error}; see that it is there and may be read"
-        ) from error
-    respell(draft)
-    recipe = checked(draft)
-    if draft.mistakes:
-        raise RecipeError(draft.mistakes)
-    return recipe
+    if "://" not in name:
+        return _plain(name)
+    return _link(posixpath.basename(name.rstrip("/")), quote(name, safe="/:?#@!$&'*+,;=%~"))
 
 
 def results_table(folder: Path) -> str:
     """A Markdown table with a row for every recipe below a folder, by name; files that are no recipes are left out."""
     rows = []
     for name, path in recipes_in(folder).items():
-        rows.append([f"[{name}]({path.relative_to(folder).as_posix()})", *_cells(path)])
+        rows.append([_link(name, quote(path.relative_to(folder).as_posix())), *_cells(path)])
     rule = ["---:" if header in NUMBERS else "---" for header in HEADERS]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (HEADERS, rule, *rows))
 
@@ -110,14 +56,14 @@ def _cells(path: Path) -> list[str]:
         recipe = as_written(path)
     except UserError:
         return ["has mistakes: see `accel-trainer check`", *[""] * (len(HEADERS) - 2)]
-    head = [recipe.description, checkpoint_named(recipe.model), _linked(dataset_named(recipe.dataset))]
+    head = [_plain(recipe.description), _plain(checkpoint_named(recipe.model)), _linked(dataset_named(recipe.dataset))]
     result, best = newest(recipe.results), score(recipe)
     if result is None or best is None:
         tail = [chosen_metric(recipe), "not recorded", "", "", ""]
     else:
         duration = "" if result.duration is None else str(timedelta(seconds=round(result.duration)))
         tail = [f"{best.role} {best.metric}", f"{best.value:.4f}", result.hardware, duration, result.date]
-    return [" ".join(cell.split()).replace("|", "\\|") for cell in [*head, *tail]]
+    return [*head, *map(_plain, tail)]
 
 
 def write_table(folder: Path) -> None:
@@ -126,7 +72,7 @@ def write_table(folder: Path) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    readme = folder / "README.md"
+    readme = (folder / "README.md").resolve()  # a link stays one
     text = _with_place(readme)
     assert text is not None
     before, _, rest = text.partition(BEGIN)

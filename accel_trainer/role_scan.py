@@ -139,6 +139,7 @@ def scan_role(section: DatasetSection, role: str, table: Table, rows: RowNumbers
 
 def _read_texts(scan: Scan) -> None:
     names = [name.casefold() for name in scan.label_names]
+    known = frozenset(names)  # of which there may be thousands
     for start, columns in scan.batches():
         for row, texts in enumerate(zip(*columns, strict=True), start):
             present = [text for text in texts if isinstance(text, str) and text.strip()]
@@ -148,10 +149,10 @@ def _read_texts(scan: Scan) -> None:
             scan.keys[row] = _key(present)
             scan.beginnings[row] = zlib.crc32(present[0][:BEGINNING].encode())
             scan.characters += sum(map(len, present))
-            _look_at(scan, row, present, names)
+            _look_at(scan, row, present, names, known)
 
 
-def _look_at(scan: Scan, row: int, texts: list[str], names: list[str]) -> None:
+def _look_at(scan: Scan, row: int, texts: list[str], names: list[str], known: frozenset[str]) -> None:
     seen: set[int] = set()
     for text in texts:
         for i, position in text_faults(text):
@@ -162,7 +163,7 @@ def _look_at(scan: Scan, row: int, texts: list[str], names: list[str]) -> None:
         scan.equal_pairs.add(row, texts[0])
     plain = texts[0].strip().casefold()
     own = names[scan.labels[row]] if scan.labels[row] >= 0 else ""
-    if plain in names:
+    if plain in known:
         scan.is_label.add(row, texts[0])
     elif len(own) > 1 and not own.isdecimal() and (plain.startswith(own) or plain.endswith(own)):
         scan.has_label.add(row, texts[0], 0 if plain.startswith(own) else len(texts[0]))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from accel_trainer import artifacts, checkpoint, hardware
+from accel_trainer import artifacts, checkpoint, git_version, hardware
 from accel_trainer.batching import smaller_budget
 from accel_trainer.classifier import Classifier
 from accel_trainer.differences import differences, flat, in_groups
@@ -214,7 +214,7 @@ def write_run_json(run: Run, origin: Origin | None = None) -> None:
             "layout": "packed" if run.packed else "padded",
             "max_tokens_per_device": run.max_tokens,
             "versions": hardware.versions(),
-            "git_commit": hardware.git_commit(Path.cwd()),
+            "git_commit": git_version.commit(Path.cwd()),
             "plan": plan.as_dict(),
             "parameters": counts,
             "initial_weights_sha256": inputs.initial_sha256,

@@ -66,6 +66,23 @@ def _finite(value: Any) -> Any:
     return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+_NOT_OF_A_RUN = "{}: it is not what a run leaves; name another run, or train again"
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A file of a run; empty if there is none."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):  # of a run that has not come so far
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise RunFolderError(f"{path}: it cannot be read ({reason}); name another run, or train again") from error
+    if not isinstance(value, dict):
+        raise RunFolderError(_NOT_OF_A_RUN.format(path))
+    return value
+
+
 class RunFolder:
     """Paths of a run, and its small files. Only the main process writes."""
 
@@ -145,6 +162,29 @@ class RunFolder:
         except (OSError, ValueError):
             return {}
         return status if isinstance(status, dict) else {}
+
+    def facts(self) -> dict[str, Any]:
+        """What run.json says; empty if there is none.
+
+        Raises:
+            RunFolderError: it cannot be read, or is not what a run leaves.
+        """
+        facts = _read_object(self.run)
+        mappings = (facts.get(name) for name in ("hardware", "versions", "recipe"))
+        if not all(isinstance(value, dict | None) for value in mappings):
+            raise RunFolderError(_NOT_OF_A_RUN.format(self.run))
+        return facts
+
+    def scores(self) -> dict[str, dict[str, Any]]:
+        """What results.json says, by role, with the numbers of the training itself under `train`; empty if there is none.
+
+        Raises:
+            RunFolderError: it cannot be read, or is not what a run leaves.
+        """
+        scores = _read_object(self.results)
+        if not all(isinstance(values, dict) for values in scores.values()):
+            raise RunFolderError(_NOT_OF_A_RUN.format(self.results))
+        return scores
 
     def set_status(self, state: State, step: int, exit_code: int | None = None, reason: str | None = None) -> None:
         """Say how the run stands, for whoever watches it from outside."""
@@ -239,9 +279,15 @@ def opened(folder: RunFolder, *, resume: bool) -> Iterator[None]:
     with folder.locked(patience=LET_GO if resume else 0.0):
         if folder.holds_a_run and not resume:
             state = folder.status().get("state", "unknown")
+            state = "killed" if state == "running" else state  # nobody holds the lock
             raise RunFolderError(
                 f"--output_dir {folder.path}: a run lies there already ({state}); continue it with --resume, or choose "
                 "another folder"
+            )
+        if not resume and not folder.status() and any(folder.path.glob("*.y*ml")):
+            raise RunFolderError(
+                f"--output_dir {folder.path}: recipes or configs stand there, among which a run would put its own files; choose "
+                f"another folder, such as runs/{folder.path.name}"
             )
         if not resume:
             folder.forget_token_budget()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from io import TextIOWrapper
 from typing import Literal
 
 from rich.cells import cell_len
@@ -36,6 +37,13 @@ def console(*, stderr: bool = False) -> Console:
         markup=False,
         emoji=False,
     )
+
+
+def write_any_text() -> None:
+    """Let a stream whose encoding lacks a character show its number in its place, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def styled(text: object, style: Style = "", *, stderr: bool = False) -> str:
@@ -71,13 +79,20 @@ def print_table(
         headers: of the columns; where all are empty, no line is spent on them.
         rows: cells of one length with `headers`; None is shown as nothing.
         numbers: positions of columns aligned to the right.
-        whole: positions of columns that a narrow terminal may not fold, such as names.
+        whole: positions of columns that a narrow terminal may not cut, such as names. Others end in an ellipsis there.
         styles: of the rows, in order; those left out are plain.
     """
-    right, unfolded = set(numbers), set(whole)
+    right, kept, rows = set(numbers), set(whole), [list(row) for row in rows]
+    wide = [max(cell_len(str(cell)) for cell in column) for column in zip(headers, *rows, strict=True)]
     table = Table(box=None, show_header=any(headers), header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for i, header in enumerate(headers):
-        table.add_column(header, justify="right" if i in right else "left", overflow="fold", no_wrap=i in unfolded)
+        table.add_column(
+            header,
+            justify="right" if i in right else "left",
+            overflow="ellipsis",
+            no_wrap=True,
+            min_width=wide[i] if i in kept else None,
+        )
     for i, row in enumerate(rows):
         cells = (Text("" if cell is None else showable(str(cell), LONGEST)) for cell in row)
         table.add_row(*cells, style=styles[i] if i < len(styles) else "")
@@ -86,6 +101,11 @@ def print_table(
         where.print(table)
     for line in capture.get().splitlines():  # rich fills every line up to the last column's width
         print(line.rstrip(" "))
+
+
+def gib(size: float) -> str:
+    """Bytes as people read them."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

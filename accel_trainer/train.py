@@ -16,8 +16,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from accel_trainer import artifacts, checkpoint, hardware, metrics, rehearsal
+from accel_trainer import artifacts, hardware, metrics, rehearsal
 from accel_trainer.callable_module import make_callable
 from accel_trainer.command_line import Parser
 from accel_trainer.data import Split
@@ -43,7 +43,7 @@ from accel_trainer.errors import (
 from accel_trainer.evaluation import Logits, predict_logits
 from accel_trainer.feed import LoadedMicroBatch
 from accel_trainer.hardware import gather_object, lost_processes_named, out_of_memory_named
-from accel_trainer.inputs import read_inputs_together
+from accel_trainer.inputs import Inputs, read_inputs_together
 from accel_trainer.loss import Tally, example_losses
 from accel_trainer.optim import clip_gradients
 from accel_trainer.origin import Origin, origin_of
@@ -68,10 +68,11 @@ from accel_trainer.run import (
 )
 from accel_trainer.run_folder import RunFolder, opened, watched, write_json
 from accel_trainer.signals import StopRequest, handling, ignore_stop_signals, interrupted_by_signals
-from accel_trainer.terminal import complain
+from accel_trainer.terminal import complain, write_any_text
 from accel_trainer.tracking import Progress, close_trackers, logger, print_scores, quieten_libraries, speak_on
 
 SCORED = ("validation", "test")  # at the end, in this order
+LAYOUTS = ("auto", "packed", "padded")
 SLOWER = "A smaller training.learning_rate, a warm-up or training.max_grad_norm often helps."
 
 
@@ -90,11 +91,19 @@ class Options:
     ddp_timeout: int = hardware.TIMEOUT
     dry_run: bool = False
     trust_remote_code: bool = False
-    origin: Origin | None = None  # of the recipe, for run.json
 
     def __post_init__(self) -> None:
-        if self.resume_from_checkpoint is not None:
-            object.__setattr__(self, "resume", True)
+        if self.layout not in LAYOUTS:
+            raise UserError(f"--layout {self.layout}: choose from {', '.join(LAYOUTS)}")
+        if not self.output_dir.name:
+            raise UserError(f"--output_dir {self.output_dir}: name a folder for the run")
+        if self.dry_run and (self.resumes or self.stop_after is not None):
+            raise UserError("--dry_run: it takes steps of its own; leave --resume and --stop_after out")
+
+    @property
+    def resumes(self) -> bool:
+        """Whether the run goes on from a checkpoint, if there is one."""
+        return self.resume or self.resume_from_checkpoint is not None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     # Every process meets the same mistakes; one of them says so.
     is_first = os.environ.get("RANK", "0") == "0"
+    write_any_text()
     speak_on(is_first)
     options = {name: value for name, value in vars(arguments).items() if name not in ("recipe", "overrides")}
     try:
@@ -131,20 +141,24 @@ def train_recipe(origin: Origin, output_dir: Path | None = None, **options: Any)
         output_dir: folder of the run; None: runs/ and the recipe's name.
         options: others of `Options`.
     """
-    folder = (output_dir or Path("runs") / origin.name).absolute()
-    chosen = Options(output_dir=folder, origin=origin, **options)
+    chosen = Options((output_dir or Path("runs") / origin.name).expanduser().absolute(), **options)
     try:
         with hardware.told_to_other_machines(chosen.ddp_timeout):
             recipe = load_recipe(origin.path, origin.overrides)
-        return train(recipe, chosen)
+        return train(recipe, chosen, origin)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0" and not chosen.dry_run:
-            RunFolder(folder).note_mistake(error, resume=chosen.resume)
+            RunFolder(chosen.output_dir).note_mistake(error, resume=chosen.resumes)
         raise
 
 
-def train(recipe: Recipe, options: Options) -> dict[str, Any]:
-    """Train, evaluate and save what a recipe says.
+def train(recipe: Recipe, options: Options, origin: Origin | None = None) -> dict[str, Any]:
+    """Train, evaluate and save what a recipe says; or only try whether that works, with `options.dry_run`.
+
+    Args:
+        recipe: resolved.
+        options: of the launch.
+        origin: where the recipe stands, for run.json.
 
     Returns:
         the contents of results.json.
@@ -155,16 +169,70 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any]:
             a second Ctrl-C did not want to wait for it.
         TrainingFailed: training cannot go on.
     """
-    folder = rehearsal.folder_beside(options.output_dir) if options.dry_run else RunFolder(options.output_dir)
+    if options.dry_run:
+        return rehearse(recipe, options)
+    folder = RunFolder(options.output_dir)
+    with prepared_run(recipe, options, folder, opened(folder, resume=options.resumes), origin) as run:
+        with ended_together(run) as stop:
+            fit(run, stop, options.stop_after)
+            if run.state.step == options.stop_after:
+                raise stopped(run)
+            results = finish(run, stop)
+        show(run, results)
+    return results
+
+
+def rehearse(recipe: Recipe, options: Options) -> dict[str, Any]:
+    """Take the steps of a rehearsal, go back to its first checkpoint, go on from there, finish, and say how it went.
+
+    Raises:
+        UserError, Interrupted, TrainingFailed: as `train`; nothing is left in any case.
+    """
+    folder = rehearsal.folder_beside(options.output_dir)
+    with prepared_run(
+        recipe, options, folder, rehearsal.leaving_nothing(folder), shorten=rehearsal.shortened_inputs
+    ) as run:
+        with ended_together(run) as stop:
+            fit(run, stop, rehearsal.STEPS)
+            first_time = rehearsal.losses(folder) if run.is_main else []
+            continue_run(run, folder.checkpoints / "checkpoint-1", (), keep_token_budget=True)
+            fit(run, stop)
+            results = finish(run, stop)
+        if run.is_main:
+            peak = hardware.peak_memory(run.accelerator.device)
+            rehearsal.show(results, first_time, rehearsal.losses(folder), peak)
+    return results
+
+
+@contextmanager
+def prepared_run(
+    recipe: Recipe,
+    options: Options,
+    folder: RunFolder,
+    opening: AbstractContextManager[None],
+    origin: Origin | None = None,
+    shorten: Callable[[Inputs], Inputs] = lambda inputs: inputs,
+) -> Iterator[Run]:
+    """A run on its hardware, ready for its next step; status.json is true whatever becomes of it in the block.
+
+    Args:
+        recipe: resolved.
+        options: of the launch.
+        folder: of the run.
+        opening: what the main process does with the folder before anything is written there, and after everything was.
+        origin: where the recipe stands.
+        shorten: what is taken of the inputs.
+
+    Raises:
+        UserError, Interrupted, TrainingFailed: as `train`.
+    """
     accelerator = hardware.start_accelerator(recipe.tracking.report_to, folder.path, options.ddp_timeout)
     speak_on(accelerator.is_main_process)
     quieten_libraries()
     with ExitStack() as around:
         with lost_processes_named(accelerator), hardware.together(accelerator):
             if accelerator.is_main_process:
-                if options.dry_run:
-                    around.enter_context(rehearsal.leaving_nothing(folder))
-                around.enter_context(opened(folder, resume=options.resume))
+                around.enter_context(opening)
         with lost_processes_named(accelerator):
             all_share = find_folder(accelerator, folder)
         watch = around.enter_context(watched(folder, accelerator.is_main_process))
@@ -175,73 +243,55 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any]:
         inputs = read_inputs_together(accelerator, recipe, trust_remote_code=options.trust_remote_code)
         for note in inputs.notes:
             logger.info("note: %s", note)
-        if options.dry_run:
-            inputs = rehearsal.rehearsed(inputs)
         run = prepare(
             accelerator,
-            inputs,
+            shorten(inputs),
             folder,
             layout=options.layout,
             max_tokens_per_device=options.max_tokens_per_device,
             gradient_checkpointing=options.gradient_checkpointing,
         )
-        if options.resume:
+        if options.resumes:
             continue_run(
                 run,
                 options.resume_from_checkpoint,
                 options.allow_changed,
                 keep_token_budget=options.max_tokens_per_device is None,
             )
-        if options.dry_run and (options.resume or options.stop_after is not None):
-            raise UserError("--dry_run: it takes steps of its own; leave --resume and --stop_after out")
         if options.stop_after is not None and options.stop_after <= run.state.step:
             raise UserError(
                 f"--stop_after {options.stop_after}: the run is at step {run.state.step}; give a later step"
             )
-        write_run_json(run, options.origin)
+        write_run_json(run, origin)
         watch.steps_done = lambda: run.state.step
-        with StopRequest() as stop:
-            try:
-                if options.dry_run:
-                    results = rehearse(run, stop)
-                else:
-                    fit(run, stop, options.stop_after)
-                    results = finish(run, stop)
-                    show(run, results)
-            except Interrupted:  # on every process
-                end_together(run)
-                raise
-            end_together(run)
-        return results
+        yield run
 
 
-def rehearse(run: Run, stop: StopRequest) -> dict[str, Any]:
-    """Take the steps of a rehearsal, go back to its first checkpoint, go on from there, and finish.
+@contextmanager
+def ended_together(run: Run) -> Iterator[StopRequest]:
+    """Note requests to stop while the block lasts. At its end, or interrupted on every process, all of them leave together.
 
-    Raises:
-        Interrupted: a signal came.
-        TrainingFailed: training cannot go on.
+    A launcher ends the other processes as soon as one has ended.
     """
-    try:
-        fit(run, stop, stop_after=rehearsal.STEPS)
-    except Interrupted:
-        if run.state.step < rehearsal.STEPS or stop.agreed(run.accelerator, now=True):
-            raise
-    first_time = rehearsal.losses(run.folder) if run.is_main else []
-    first = checkpoint.checkpoints(run.folder.checkpoints)[0][1] if run.is_main else None
-    continue_run(run, first, (), keep_token_budget=True)
-    fit(run, stop)
-    results = finish(run, stop)
-    if run.is_main:
-        rehearsal.show(results, first_time, rehearsal.losses(run.folder), hardware.peak_memory(run.accelerator.device))
-    return results
+    with StopRequest() as stop:
+        interrupted = None
+        try:
+            yield stop
+        except Interrupted as error:
+            interrupted = error
+        with handling(signal.SIG_IGN):
+            close_trackers(run.accelerator)
+            run.accelerator.wait_for_everyone()
+            hardware.leave_process_group(run.accelerator)
+        if interrupted is not None:
+            raise interrupted
 
 
-def fit(run: Run, stop: StopRequest, stop_after: int | None = None) -> None:
-    """Train to the end of the plan, logging, evaluating and saving at its moments.
+def fit(run: Run, stop: StopRequest, until: int | None = None) -> None:
+    """Train to the end of the plan, logging, evaluating and saving at its moments; or to a step, and save there.
 
     Raises:
-        Interrupted: a signal came, or `stop_after` was reached; a checkpoint was saved first.
+        Interrupted: a signal came; a checkpoint was saved first.
         TrainingFailed: loss or gradient are not finite.
     """
     state, plan = run.state, run.plan
@@ -269,9 +319,9 @@ def fit(run: Run, stop: StopRequest, stop_after: int | None = None) -> None:
             tally.add(state.step, done.loss_sum, done.grad_norm)
 
             asked = stop.agreed(run.accelerator, now=state.step == plan.total_steps)
-            ends_here = asked or state.step == stop_after
+            ends_here = state.step == until
             logs = plan.logs_at(state.step)
-            if logs or plan.evaluates_at(state.step) or plan.saves_at(state.step) or ends_here:
+            if logs or plan.evaluates_at(state.step) or plan.saves_at(state.step) or ends_here or asked:
                 loss_sum, not_finite = tally.read()
                 if not_finite is not None:
                     fail_not_finite(run, not_finite, remedy=SLOWER)
@@ -281,6 +331,8 @@ def fit(run: Run, stop: StopRequest, stop_after: int | None = None) -> None:
             if logs:
                 log(run, done, progress)
             evaluate_and_save(run, stop, asked=asked, ends_here=ends_here)
+            if ends_here:
+                return
             progress.resume()
     finally:
         progress.close()
@@ -292,11 +344,11 @@ def evaluate_and_save(run: Run, stop: StopRequest, *, asked: bool = False, ends_
     Args:
         run: at the end of a step.
         stop: asked again during and after what takes long.
-        asked: someone wants the run to end: an evaluation is left to the run that goes on from here.
-        ends_here: the run ends here, for that or for another reason.
+        asked: someone wants the run to stop: an evaluation is left to the run that goes on from here.
+        ends_here: no further step is taken for now.
 
     Raises:
-        Interrupted: the run ends here; a checkpoint was saved first.
+        Interrupted: someone wants the run to stop; a checkpoint was saved first.
     """
     state, plan = run.state, run.plan
     if plan.evaluates_at(state.step) and not asked:
@@ -308,8 +360,13 @@ def evaluate_and_save(run: Run, stop: StopRequest, *, asked: bool = False, ends_
     if plan.saves_at(state.step) or state.stopped_early or ends_here or asked:
         save(run)
         asked = asked or stop.agreed(run.accelerator, now=True)
-    if ends_here or asked:
-        raise Interrupted(f"interrupted after step {state.step} of {plan.total_steps}; continue with --resume")
+    if asked:
+        raise stopped(run)
+
+
+def stopped(run: Run) -> Interrupted:
+    """What to say of a run that ends before its end."""
+    return Interrupted(f"interrupted after step {run.state.step} of {run.plan.total_steps}; continue with --resume")
 
 
 def training_step(run: Run, step: int) -> StepStatistics:
@@ -581,14 +638,6 @@ def show(run: Run, results: dict[str, Any]) -> None:
     print(f"\nrun: {run.folder.path}\nmodel: {run.folder.model}", flush=True)
 
 
-def end_together(run: Run) -> None:
-    """Close trackers and process group. Collective: a launcher ends the other processes as soon as one has ended."""
-    with handling(signal.SIG_IGN):
-        close_trackers(run.accelerator)
-        run.accelerator.wait_for_everyone()
-        hardware.leave_process_group(run.accelerator)
-
-
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; what stands free after the recipe is an override."""
     parser = Parser(
@@ -605,9 +654,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--allow_changed", action="append", default=[], metavar="KEY", help="continue although this key has changed")
     add("--stop_after", type=int, metavar="STEP", help="save and stop after this step, as a signal would")
     add("--max_tokens_per_device", type=int, metavar="N", help="tokens per micro-batch, padding included")
-    add(
-        "--layout", choices=("auto", "packed", "padded"), default="auto", help="packed: without padding, where possible"
-    )
+    add("--layout", choices=LAYOUTS, default="auto", help="packed: without padding, where possible")
     add("--gradient_checkpointing", action="store_true", help="compute activations twice instead of keeping them")
     add(
         "--ddp_timeout", type=int, default=hardware.TIMEOUT, metavar="SECONDS",

@@ -49,6 +49,24 @@ def replaced(final: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def created(final: Path) -> Iterator[Path]:
+    """As `replaced`, for a file that is new: of all who want to make it, one does.
+
+    Raises:
+        FileExistsError: it is there already.
+        OSError: it cannot be written.
+    """
+    _make(final.parent)
+    final.touch(exist_ok=False)  # the name is taken; the content follows at once
+    try:
+        with replaced(final) as temporary:
+            yield temporary
+    except BaseException:
+        final.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
 def committed(final: Path) -> Iterator[Path]:
     """A new folder to fill, which takes the place of `final` when the block ends, whole, or not at all.
 
@@ -149,7 +167,8 @@ def _make(folder: Path) -> None:
         _flush(folder.parent)
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -174,7 +193,7 @@ def _seal(folder: Path) -> None:
     paths = sorted(folder.rglob("*"))
     files = [path for path in paths if path.is_file()]
     with ThreadPoolExecutor() as pool:  # neither hashing nor flushing holds the interpreter's lock
-        flushed, digests = pool.map(_flush, files), list(pool.map(_sha256, files))
+        flushed, digests = pool.map(_flush, files), list(pool.map(sha256, files))
         list(flushed)  # raises what was raised there
     entries = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
@@ -213,7 +232,7 @@ def damage(folder: Path, needed: Sequence[str] = ()) -> str | None:
                 return f"{name:.100} is missing"
             if path.stat().st_size != entry["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']!r:.20}"
-            if _sha256(path) != entry["sha256"]:
+            if sha256(path) != entry["sha256"]:
                 return f"{name} has other contents than its manifest says"
             if name in needed and path.suffix == ".safetensors" and not _opens(path):
                 return f"{name} is no safetensors file"

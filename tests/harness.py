@@ -22,10 +22,10 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 from support import reviews, tiny_recipe, write_csv
 
+from accel_trainer.launching import LAUNCH_VARIABLES, no_launch_around
+
 ROOT = Path(__file__).resolve().parent.parent
 NO_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
-# Variables of a launch around the tests, which must not reach the launches inside them.
-LAUNCH_VARIABLES = ("ACCELERATE_", "FSDP_", "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_", "TORCHELASTIC_")
 
 
 def forget_accelerate() -> None:
@@ -135,9 +135,8 @@ def write_recipe_in(folder: Path, name: str = "tiny.yaml", rows: int = 90, **sec
 
 def user_environment(folder: Path, **more: str) -> dict[str, str]:
     """Environment of a launch: this one without a launch's variables, offline, one thread, a cache of its own."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCH_VARIABLES)}
     return {
-        **kept,
+        **no_launch_around(),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",

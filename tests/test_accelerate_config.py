@@ -13,12 +13,13 @@ from unittest.mock import patch
 
 import pytest
 import yaml
+from accelerate.commands import config as config_commands
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import launch, write_basic_config
 from harness import ROOT
 from sample_files import SCALARS
 
-from accel_trainer.accelerate_config import AccelerateConfig, examine, read
+from accel_trainer.accelerate_config import AccelerateConfig, examine, of_launch, read
 from accel_trainer.errors import HardwareError
 
 # What `accelerate config` writes for one GPU.
@@ -86,6 +87,7 @@ def test_what_accelerates_questionnaire_writes_is_clean(tmp_path: Path) -> None:
         ("dynamo_backend: EAGER", "dynamo_backend", "eager"),
         ("dynamo_config: {backend: eager}", "dynamo_backend", "eager"),
         ("dynamo_config:", "dynamo_backend", "no"),
+        ("parallelism_config: {parallelism_config_tp_size: null}", "num_processes", 1),
         ("use_cpu: yes", "use_cpu", True),  # YAML 1.1, as Accelerate reads it
         ("num_processes: 0b1", "num_processes", 1),
     ],
@@ -93,6 +95,28 @@ def test_what_accelerates_questionnaire_writes_is_clean(tmp_path: Path) -> None:
 def test_what_is_left_out_or_written_in_another_way(tmp_path: Path, lines: str, name: str, value: object) -> None:
     config = read(write(tmp_path, f"distributed_type: 'NO'\n{lines}\n"))
     assert getattr(config, name) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "says"), [("[" * 200_000, "recursion"), ('{"num_processes": ' + "1" * 5_000 + "}", "digits")]
+)
+def test_json_that_python_does_not_read(tmp_path: Path, text: str, says: str) -> None:
+    (mistake,) = told(write(tmp_path, text, "acc.json"))
+    assert mistake.startswith(f"{tmp_path}/acc.json: this is not JSON: ")
+    assert says in mistake
+
+
+def test_a_launch_without_a_config_takes_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    default = tmp_path / "default_config.yaml"
+    monkeypatch.setattr(config_commands, "default_config_file", str(default))
+    assert of_launch(None) is None
+    write(tmp_path, "distributed_type: MULTI_GPU\nnum_processes: 2\n", default.name)
+    found = of_launch(None)
+    assert found is not None
+    assert (found.path, found.num_processes) == (default, 2)
+    given = of_launch(write(tmp_path, "distributed_type: 'NO'\n"))
+    assert given is not None
+    assert given.path == tmp_path / "acc.yaml"
 
 
 @pytest.mark.parametrize(("written", "_"), SCALARS)

@@ -41,8 +41,16 @@ def test_mistakes_are_raised(tmp_path: Path) -> None:
         accel_trainer.train("no/such")
     with pytest.raises(UserError, match="give overrides to load_recipe"):
         accel_trainer.train(accel_trainer.load_recipe(recipe), "training.seed=7", output_dir=tmp_path / "run")
-    with pytest.raises(TypeError, match="learning_rate"):
-        accel_trainer.train(recipe, learning_rate=1)
+    for options, told in (
+        ({"learning_rate": 1}, r"no option learning_rate; values of the recipe are given as section\.key=value"),
+        ({"dryrun": True}, "no option dryrun; did you mean dry_run"),
+        ({"layout": "paked"}, "--layout paked: choose from auto, packed, padded"),
+    ):
+        with pytest.raises(UserError, match=told):
+            accel_trainer.train(recipe, **options)
+    with pytest.raises(UserError, match="text 1 is None"):
+        accel_trainer.predict("nowhere", ["a", None])  # type: ignore[list-item]
+    assert accel_trainer.predict("nowhere", []) == []
     with pytest.raises(UserError, match="1 texts and 2 second texts"):
         accel_trainer.predict("nowhere", "one", ["a", "b"])
 

@@ -16,7 +16,7 @@ from harness import ROOT, python
 from support import reviews, write_csv
 
 from accel_trainer import yaml_text
-from accel_trainer.checking import check_all, check_recipe
+from accel_trainer.checking import check_all
 from accel_trainer.errors import Mistake
 from accel_trainer.recipe import SHIPPED_METRICS, shipped_metric_meant
 
@@ -135,6 +135,7 @@ IN_RECIPE = [
     Plant("labels: [negative, positive]", "labels: [a]", "dataset.labels", "fewer than two classes"),
     Plant("labels: [negative, positive]", "labels: [a, a, b]", "dataset.labels", "a class is named twice"),
     Plant("# spare dataset", "text_pair_column: text", "dataset.text_pair_column", "it is text_column again", ("text_column: text",)),
+    Plant("label_column: label", "label_column: text", "dataset.label_column", "it is text_column too", ("text_column: text",)),
     Plant("# spare model", "from_config: {model_type: bert}\ntokenizer: org/t", "model.checkpoint", "both stand here", ("checkpoint: models/tiny",), "checkpoint: models/tiny"),
     Plant("checkpoint: models/tiny", "from_config: {a: 1}\ntokenizer: org/t", "model.from_config", "add it, such as model_type: bert", ("# spare model",)),
     Plant("checkpoint: models/tiny", "from_config: {model_type: bert}", "model.from_config", "give one of tokenizer and train_tokenizer", ("# spare model",)),
@@ -262,6 +263,8 @@ WHOLE: list[tuple[str, str | bytes, str, int | None, str]] = [
     ("recipe", RECIPE[: RECIPE.index("saving")] + "saving: never\n", "saving", 39, "'never' is no section"),
     ("recipe", RECIPE[: RECIPE.index("model:")] + "\n", "model", None, "it is missing; add it, with checkpoint"),
     ("config", "", "", None, "this is no accelerate config; write keys"),
+    ("config", RECIPE, "", None, "this is a recipe, no accelerate config; name it without --config_file"),
+    ("recipe", CONFIG, "", None, "this is an accelerate config, no recipe; give it by --config_file"),
     ("config", b"a: \xff\n", "", None, "the file is not UTF-8"),
     ("config", " " * 1_000_001, "", None, "the file is over 1 MB"),
     ("config", "a: [b\nc: d\n", "", 2, "a bracket is not closed"),
@@ -309,10 +312,15 @@ def planted(base: str, plants: list[Plant]) -> tuple[str, dict[Plant, int | None
     return text, reported
 
 
+def check(config: Path) -> list[Mistake]:
+    return [mistake for mistakes in check_all(["recipe.yaml"], [], config).values() for mistake in mistakes]
+
+
 def find(recipe: str | bytes, config: str | bytes, *overrides: str) -> list[Mistake]:
     for name, text in (("recipe.yaml", recipe), ("acc.yaml", config)):
         Path(name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    found = check_recipe("recipe.yaml", overrides, Path("acc.yaml"))
+    by_name = check_all(["recipe.yaml"], overrides, Path("acc.yaml"))
+    found = [mistake for mistakes in by_name.values() for mistake in mistakes]
     assert all(mistake.remedy for mistake in found), list(map(str, found))
     return found
 
@@ -392,6 +400,7 @@ OVERRIDES = [
     ("learnin_rate=2e-5", "", "", "learnin_rate", "did you mean `training.learning_rate`?"),
     ("revision=main", "", "", "revision", "it belongs in `dataset` or `model`"),
     ("training.sed=3", "", "", "training.sed", "did you mean `seed`?"),
+    ("training.num_train_epochs=2", "", "", "training.num_train_epochs", "it has no effect: max_steps wins, 10 in line"),
     ("training.seed=fast", "", "", "training.seed", "'fast' is not a whole number (in `training.seed=fast`)"),
     ("training.seed.x=3", "", "", "training.seed.x", "training.seed holds one value, with nothing below it"),
     ("dataset.labels={a: b, a: c}", "", "", "dataset.labels.a", "given twice"),
@@ -472,10 +481,10 @@ def test_what_is_not_there_at_all(folder: Path) -> None:
     assert found["recipe.yaml"] == []
     assert "no such recipe" in found["no/such"][0].what
     assert "there is no such file; its folder has acc.yaml" in str(found["acc.yml"][0])
-    assert "this is a folder" in str(check_recipe("recipe.yaml", [], Path("data"))[0])
-    assert "cannot be read" in str(check_recipe("recipe.yaml", [], Path("a\0b"))[0])
+    assert "this is a folder" in str(check(Path("data"))[0])
+    assert "cannot be read" in str(check(Path("a\0b"))[0])
     Path("acc.json").write_text('{\n"num_processes": 1,\n}\n', encoding="utf-8")
-    assert "acc.json:3: this is not JSON" in str(check_recipe("recipe.yaml", [], Path("acc.json"))[0])
+    assert "acc.json:3: this is not JSON" in str(check(Path("acc.json"))[0])
 
 
 def test_a_folder_named_like_a_tracker_is_no_package(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -555,8 +564,8 @@ def test_the_library_and_the_configs_are_clean(config: Path, monkeypatch: pytest
 LIGHT = """
 import sys
 from pathlib import Path
-from accel_trainer.checking import check_recipe
-assert check_recipe("recipe.yaml", ["tracking.report_to=[tensorboard]"], Path("acc.yaml")) == []
+from accel_trainer.checking import check_all
+assert not any(check_all(["recipe.yaml"], ["tracking.report_to=[tensorboard]"], Path("acc.yaml")).values())
 heavy = {"torch", "transformers", "datasets", "accelerate", "pandas", "pyarrow", "tensorboard"} & set(sys.modules)
 assert not heavy, heavy
 """
@@ -575,7 +584,7 @@ MODULES = (
     *("accelerate_config", "on_disk", "checking"),
 )
 # The recipe's file was found before it is read; what then befalls it is the other reader's matter (test_recipe_file).
-ELSEWHERE = {("recipe_file", "examine_recipe")}
+ELSEWHERE = {("recipe_file", "_content")}
 
 
 def says_something(node: ast.AST, function: str) -> bool:

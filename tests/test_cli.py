@@ -181,3 +181,14 @@ def test_old_spellings_are_told_on_stderr(tmp_path: Path) -> None:
     first, shown = done.out.split("\n", 1)
     assert first == "old.yaml: no mistakes; its data were not read (--data reads them)"
     assert yaml.safe_load(shown)["training"]["learning_rate"] == 0.5
+
+
+def test_a_verb_that_is_interrupted_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.VERBS, "list", cli.VERBS["list"]._replace(run=interrupted))
+    assert cli.main(["list"]) == 75
+    assert capsys.readouterr() == ("", "interrupted\n")

@@ -26,6 +26,8 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--seed", "1", "--max_length", "9"], "; for --seed write training.seed=1; for --max_length write dataset.max_length=9"),
         (["--warmup_ratio", "0.1"], "; for --warmup_ratio write training.warmup_steps=0.1"),
         (["--per_device_train_batch_size", "8"], "make the result depend on the number of devices; give training.global_batch_size"),
+        (["--training.learning_rate=3"], "; for --training.learning_rate write training.learning_rate=3"),
+        (["--knwon", "x"], "; did you mean --known?"),
         (["--revision", "x"], "dataset.revision=x or model.revision=x"),
     ],
 )  # fmt: skip
@@ -52,3 +54,12 @@ def test_what_nobody_knows_is_only_refused(capsys: pytest.CaptureFixture[str]) -
 def test_recipes_and_overrides_in_any_order() -> None:
     free = ["imdb/distilbert", "training.seed=1", "a=b/c.yaml", "x.yaml", "seed = 2"]
     assert recipes_and_overrides(free) == (["imdb/distilbert", "x.yaml"], ["training.seed=1", "a=b/c.yaml", "seed = 2"])
+
+
+def test_what_may_be_left_out_is_not_called_required(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = Parser(prog="it")
+    parser.add_argument("recipe", metavar="RECIPE")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    with pytest.raises(SystemExit):
+        parser.parse_intermixed_args([])
+    assert capsys.readouterr().err.endswith("required: RECIPE\n")

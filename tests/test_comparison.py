@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -115,11 +116,42 @@ def test_a_run_is_compared_with_what_its_recipe_recorded(recipe: Path, tmp_path:
     assert [tuple(d) for d in diff(str(recipe), str(run))] == [("results.test.f1", 0.25, 0.5, "result")]
 
 
-def test_what_cannot_be_read(recipe: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such recipe"):
-        diff(str(recipe), str(tmp_path / "none"))
+def test_the_last_result_of_the_latest_day_is_compared(recipe: Path, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", load_recipe(recipe), f1=0.75)
+    later = RESULT[: RESULT.rindex("]")].removeprefix("results: [").replace("0.5", "0.75")
+    text = recipe.read_text(encoding="utf-8") + RESULT.rstrip().removesuffix("]") + f", {later}]\n"
+    recipe.write_text(text, encoding="utf-8")
+    assert diff(str(recipe), str(run)) == []
+
+
+def test_runs_are_compared_without_their_data(recipe: Path, tmp_path: Path) -> None:
+    one = write_run(tmp_path / "one", load_recipe(recipe))
+    other = write_run(tmp_path / "other", load_recipe(recipe, ["training.seed=7"]))
+    (recipe.parent / "reviews.csv").unlink()
+    assert [tuple(difference) for difference in diff(str(one), str(other))] == [("training.seed", 42, 7, "steps")]
+
+
+def test_a_folder_with_a_recipe_of_its_own_is_no_run(recipe: Path) -> None:
+    values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    values["dataset"]["path"] = Path(values["dataset"]["path"]).name
+    (recipe.parent / "recipe.yaml").write_text(json.dumps(values), encoding="utf-8")
+    assert diff(str(recipe), str(recipe.parent)) == []
+
+
+@pytest.mark.parametrize("name", ["none", "~nobody-here", "x" * 300, "x/" * 3000, "a\0b"])
+def test_what_is_not_there(recipe: Path, tmp_path: Path, name: str) -> None:
+    for typed in (name, str(tmp_path / name)):
+        with pytest.raises(UserError, match="no such recipe"):
+            diff(str(recipe), typed)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"hardware": 3}', '{"test": 3}', "[" * 100_000, "\xff"])
+@pytest.mark.parametrize("name", ["run.json", "results.json"])
+def test_a_run_with_garbled_files(recipe: Path, tmp_path: Path, name: str, text: str) -> None:
     run = write_run(tmp_path / "run", load_recipe(recipe))
-    for text in ("{", "[]"):
-        (run / "run.json").write_text(text, encoding="utf-8")
-        with pytest.raises(RunFolderError, match=r"run\.json: it"):
-            diff(str(recipe), str(run))
+    (run / name).write_bytes(text.encode("latin-1"))
+    if (name, text) == ("run.json", '{"test": 3}'):
+        assert diff(str(recipe), str(run)) == []
+        return
+    with pytest.raises(RunFolderError, match=rf"{name}: it .*; name another run, or train again$"):
+        diff(str(recipe), str(run))

@@ -7,11 +7,13 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import yaml
 from support import reviews, tiny_recipe, write_csv
 
+from accel_trainer import copying
 from accel_trainer.copying import OUTDATED_BY, copy_recipe
 from accel_trainer.errors import RecipeError, UserError
 from accel_trainer.library import recipes_in, schema_address, shipped
@@ -203,6 +205,9 @@ def test_whatever_hashes_depend_on_is_known() -> None:
         ("a//b", "this is no name for a recipe"),
         ("x/", "this is no name for a recipe"),
         ("recipes/there.yaml/x.yaml", "cannot write"),
+        ("~nobody-of-that-name/y.yaml", "there is no home of ~nobody-of-that-name"),
+        ("x" * 300, "cannot write"),
+        ("x" * 300 + "/y", "cannot write"),
     ],
 )
 def test_targets_that_are_refused(target: str, says: str, tmp_path: Path) -> None:
@@ -219,9 +224,19 @@ def test_mistakes_leave_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(LOCKED, encoding="utf-8")
     with pytest.raises(RecipeError, match=r"training\.sed: .*did you mean `seed`"):
         copy_recipe("r.yaml", "x", ["training.sed=1"])
-    with pytest.raises(UserError, match="no such recipe"):
-        copy_recipe("nowhere", "x")
+    for source in ("nowhere", "~nobody-of-that-name", "x" * 300):
+        with pytest.raises(UserError, match="no such recipe"):
+            copy_recipe(source, "x")
     assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
+
+
+def test_of_two_that_write_one_file_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "r.yaml").write_text(LOCKED, encoding="utf-8")
+    (tmp_path / "x.yaml").write_text("mine", encoding="utf-8")
+    monkeypatch.setattr(copying.os.path, "lexists", Mock(side_effect=[False, True]))  # it comes after the first look
+    with pytest.raises(UserError, match=r"x\.yaml: it is there already"):
+        copy_recipe("r.yaml", "x.yaml")
+    assert (tmp_path / "x.yaml").read_text(encoding="utf-8") == "mine"
 
 
 HEADERS = [

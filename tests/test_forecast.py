@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -9,14 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.commands import config as config_commands
 from harness import alone_on_the_cpu, forget_accelerate, run_trainer
 from hypothesis import given
 from hypothesis import strategies as st
 
 from accel_trainer import forecast as forecasting
+from accel_trainer import speed
 from accel_trainer.accelerate_config import AccelerateConfig
-from accel_trainer.forecast import GIB, Forecast, Seconds, forecast, gib, moments, print_forecast
+from accel_trainer.cli import main
+from accel_trainer.errors import RunFolderError
+from accel_trainer.forecast import Forecast, Seconds, forecast, moments
+from accel_trainer.forecast_table import print_forecast
 from accel_trainer.recipe_file import load_recipe
+from accel_trainer.speed import Speed
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +47,8 @@ def config(num_processes: int = 1, *, use_cpu: bool = True, mixed_precision: str
 
 def told(path: Path, *overrides: str, **options: Any) -> Forecast:
     forget_accelerate()
-    return forecast(load_recipe(path, overrides), output_dir=path.parent / "runs", **{"measures": False, **options})
+    options = {"output_dir": path.parent / "runs", "measures": False} | options
+    return forecast(load_recipe(path, overrides), **options)
 
 
 @pytest.mark.parametrize("arguments", [(), ("--layout", "padded"), ("--max_tokens_per_device", "40")])
@@ -94,7 +102,9 @@ def test_processes_share_the_steps(write_recipe: Callable[..., Path]) -> None:
     assert three.target.memory == one.target.memory // 3
 
 
-def test_a_device_that_is_not_here(write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_is_not_here(
+    write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     monkeypatch.setattr(forecasting.torch.accelerator, "is_available", lambda *_, **__: False)
     found = told(write_recipe(), config=config(2, use_cpu=False, mixed_precision="bf16"), measures=True)
     assert not found.target.is_here
@@ -102,6 +112,12 @@ def test_a_device_that_is_not_here(write_recipe: Callable[..., Path], monkeypatc
     assert found.seconds is None
     assert "no such device" in found.unmeasured
     assert found.steps.activations < told(write_recipe()).steps.activations  # bf16
+    print_forecast(found)
+    said = capsys.readouterr().out
+    assert said.split()[:8] == ["launch", "processes", "2", "cuda,", "bf16;", "as", "launch.yaml", "says"]
+    assert "tokens at most, assumed: the memory of the device is not known here" in said
+    given = told(write_recipe(), config=config(2, use_cpu=False), max_tokens_per_device=100)
+    assert not given.budget_is_assumed
 
 
 def test_the_environment_is_left_as_it_was(write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,9 +142,67 @@ def test_measured_seconds_are_those_of_all_steps(
     assert "measured here on 1 process, cpu" in said
 
 
+@pytest.mark.parametrize("measures", [True, False])
+def test_a_folder_that_cannot_be_written_to(
+    write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, measures: bool
+) -> None:
+    recipe, closed, mkdir = write_recipe(), tmp_path / "closed", os.mkdir
+    closed.mkdir()
+
+    def refused(path: Any, *arguments: Any, **options: Any) -> None:  # as root may write anywhere
+        if closed in Path(path).parents:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        mkdir(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "mkdir", refused)
+    found = told(recipe, output_dir=closed / "runs", measures=measures)
+    (warning,) = found.warnings()
+    assert warning == f"nothing can be written to {closed} (Permission denied); choose another --output_dir"
+    print_forecast(found)
+    said = capsys.readouterr().out
+    assert ("not measured: nothing could be written" in said) is measures
+    assert ("without saving" in said) is measures
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="Linux")
+def test_a_place_where_there_are_no_folders(write_recipe: Callable[..., Path]) -> None:
+    (warning,) = told(write_recipe(), output_dir=Path("/proc/no/folder"), measures=True).warnings()
+    assert "nothing can be written to /proc" in warning
+
+
+def test_a_full_disk_is_no_failure(write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise RunFolderError("no space left on the device")
+
+    monkeypatch.setattr(speed.checkpoint, "save_checkpoint", full)
+    found = told(write_recipe(), measures=True)
+    assert found.seconds is not None
+    assert found.seconds.saving is None
+    assert not found.disk.problem
+
+
+@pytest.mark.parametrize("num_processes", [None, 2])
+def test_the_users_own_config_is_taken(
+    write_recipe: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+    num_processes: int | None,
+) -> None:
+    default = tmp_path / "default_config.yaml"
+    monkeypatch.setattr(config_commands, "default_config_file", str(default))
+    if num_processes is not None:
+        written = f"distributed_type: MULTI_GPU\nnum_processes: {num_processes}\nuse_cpu: true\ngpu_ids: '-1,-1'\n"
+        default.write_text(written, encoding="utf-8")
+    assert main(["plan", str(write_recipe()), "--no_measure", "--output_dir", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out.splitlines()[0]
+    count, config = (1, "no accelerate config") if num_processes is None else (2, f"as {default} says")
+    assert said.split(maxsplit=4) == ["launch", "processes", str(count), "cpu,", f"float32; {config}"]
+
+
 def test_seconds_grow_with_what_is_done(write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    speed = forecasting.Speed(position=0.5, update=2.0, token=0.25, saving=1000.0)
-    monkeypatch.setattr(forecasting, "measure", lambda *_: speed)
+    measured = Speed(position=0.5, update=2.0, token=0.25, saving=1000.0)
+    monkeypatch.setattr(forecasting, "measure", lambda *_: measured)
     once, twice, rarely, often, unsaved = (
         told(write_recipe(), *overrides, measures=True)
         for overrides in (
@@ -183,14 +257,15 @@ def test_warnings(write_recipe: Callable[..., Path], capsys: Any) -> None:
 
 def test_memory_is_the_sum_and_the_evaluation_where_it_is_more(write_recipe: Callable[..., Path], capsys: Any) -> None:
     found = told(write_recipe())
-    assert found.memory >= found.needs.state + found.steps.activations
-    larger = replace(found, evaluation=found.needs.gradients + found.steps.activations + 5 * GIB)
-    assert larger.memory == found.needs.state + found.steps.activations + 5 * GIB
+    assert found.memory >= found.program + found.needs.state + found.steps.activations
+    assert 2**27 < found.program < 2**31  # torch and the rest of this process
+    larger = replace(found, evaluation=found.needs.gradients + found.steps.activations + 5 * 2**30)
+    assert larger.memory == found.program + found.needs.state + found.steps.activations + 5 * 2**30
     print_forecast(larger)
     rows = capsys.readouterr().out.splitlines()
     memory = [line.split()[:2] for line in rows[next(i for i, line in enumerate(rows) if line.startswith("memory")) :]]
-    assert [words[-1] if words[0] == "memory" else words[0] for words in memory[:7]] == [
-        "weights", "gradients", "optimizer", "activations", "beside", "evaluation", "sum",
+    assert [words[-1] if words[0] == "memory" else words[0] for words in memory[:8]] == [
+        "weights", "gradients", "optimizer", "activations", "beside", "evaluation", "program", "sum",
     ]  # fmt: skip
     assert "5.00 GiB  beyond that" in "\n".join(rows)
 
@@ -198,8 +273,3 @@ def test_memory_is_the_sum_and_the_evaluation_where_it_is_more(write_recipe: Cal
 @given(st.integers(1, 500), st.integers(1, 100))
 def test_moments_are_those_of_the_plan(steps: int, every: int) -> None:
     assert moments(steps, every) == sum(step == steps or step % every == 0 for step in range(1, steps + 1))
-
-
-def test_sizes_as_people_read_them() -> None:
-    assert gib(3 * GIB) == "3.00 GiB"
-    assert gib(5 * 2**20) == "5.0 MiB"

@@ -281,31 +281,15 @@ def test_description_has_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     assert facts["mixed_precision"] == "no"
 
 
+def test_precisions_as_people_call_them() -> None:
+    assert list(map(hardware.precision_named, ("no", "bf16"))) == ["float32", "bf16"]
+
+
 def test_versions_are_all_there() -> None:
     found = hardware.versions()
     assert set(found) == {"python", "platform", *hardware.PACKAGES}
     assert found["torch"] == torch.__version__
     assert hardware._installed("no-such-package") is None
-
-
-def test_git_commit(tmp_path: Path) -> None:
-    import subprocess
-
-    assert hardware.git_commit(tmp_path) is None
-
-    def git(*arguments: str) -> None:
-        identity = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
-        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
-
-    git("init")
-    (tmp_path / "a").write_text("1")
-    git("add", "a")
-    git("commit", "-m", "x")
-    commit = hardware.git_commit(tmp_path)
-    assert commit is not None
-    assert len(commit) == 40
-    (tmp_path / "a").write_text("2")
-    assert hardware.git_commit(tmp_path) == f"{commit}+changes"
 
 
 def test_budget_is_the_users_or_the_devices() -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hub_cache import write_checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import BAD, FILLER, GOOD, tiny_recipe, write_csv
@@ -20,8 +21,10 @@ from accel_trainer import findings, inspection
 from accel_trainer.data import load_labelled
 from accel_trainer.errors import DataError
 from accel_trainer.findings import all_findings, token_findings
-from accel_trainer.inspection import Inspection, inspect, print_inspection
-from accel_trainer.recipe import Recipe
+from accel_trainer.inspection import Inspection, inspect, look_at, print_inspection
+from accel_trainer.model_files import pinned_files
+from accel_trainer.recipe import ModelSection, Recipe
+from accel_trainer.recipe_file import to_yaml
 from accel_trainer.role_scan import scan_role
 from accel_trainer.tables import read_files
 from accel_trainer.text_faults import TEXT_FAULTS
@@ -157,7 +160,7 @@ PLANTS: dict[str, tuple[Callable[[Data], None], dict[str, Any], str, int, list[i
     "unknown tokens": (speak_russian, {}, "validation", 40, [], set()),
     "no tokens": (place("train", 19, 0, "\u200b\u200d"), {}, "train", 1, [19], set()),
 }  # fmt: skip
-ELSEWHERE = {"equal pair", "sorted by label", "fragments", "tokenizer", "other rows"}
+ELSEWHERE = {"equal pair", "sorted by label", "fragments", "tokenizer", "other rows", "other files"}
 
 
 def rows_of(example: str) -> int:
@@ -405,6 +408,27 @@ def test_what_is_refused_beyond_rows(tmp_path: Path) -> None:
     assert other.findings[0].remedy.startswith("bring those data back")
 
 
+def test_other_files_than_the_recipe_was_locked_to_are_found(tmp_path: Path) -> None:
+    recipe, model = recipe_of(tmp_path, clean()), tmp_path / "model"
+    write_checkpoint(model)
+    section = pinned_files(ModelSection(checkpoint=str(model)))
+    locked = recipe.model_copy(update={"model": section})
+    assert "other files" not in {finding.kind for finding in inspect(locked).findings}
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    (other,) = (finding for finding in inspect(locked).findings if finding.kind == "other files")
+    assert (other.severity, "model.safetensors is not the file" in other.what) == ("error", True)
+
+
+def test_labels_that_nobody_named_do_not_hide_what_else_is_wrong(tmp_path: Path) -> None:
+    """Where rows are drawn by their labels too."""
+    table = write_csv(tmp_path / "t.csv", [(f"text {i}", i % 2) for i in range(40)] + [("x", 2), ("", 1), ("y", "")])
+    plain = tiny_recipe(table)
+    plain["dataset"] |= {"splits": {"train": 30, "validation": 13}, "labels": ["no", "yes"]}
+    kinds = {finding.kind for finding in inspect(Recipe.model_validate(plain)).findings}
+    assert {"unknown label", "no text", "no label"} <= kinds
+
+
 def test_a_checkpoint_out_of_reach_leaves_the_tokens_out(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, clean())
     away = recipe.model_copy(
@@ -494,3 +518,14 @@ def test_many_labels_and_missing_ones_are_summed(tmp_path: Path, capsys: pytest.
     assert "intent 30" not in out
     assert re.search(r"10 more +100 +50 +50", out)
     assert re.search(r"no label +1 +0 +0", out)
+
+
+def test_recipes_are_looked_at_each_by_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(to_yaml(recipe_of(tmp_path, clean())), encoding="utf-8")
+    assert look_at([str(path)])
+    assert not look_at([str(path)], ["dataset.labels=[negative, other]"])  # which the data contradict
+    assert not look_at([str(tmp_path / "none.yaml"), str(path)])
+    said = capsys.readouterr()
+    assert "none.yaml" in said.err
+    assert said.out.count(f"{path}\n") == 3

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import yaml
 from harness import python
 from support import reviews, tiny_recipe, write_csv
 
-from accel_trainer import library
+from accel_trainer import library, recipe_file
+from accel_trainer.draft import Draft
 from accel_trainer.errors import UserError
 from accel_trainer.library import VARIABLE, find_recipe
 from accel_trainer.listing import print_recipes, rows
 from accel_trainer.recipe import Recipe
-from accel_trainer.recipe_file import load_recipe
-from accel_trainer.results_table import as_written
+from accel_trainer.recipe_file import glance, load_recipe, read_draft
 
 
 def write(folder: Path, name: str, text: str = "", **sections: Any) -> Path:
@@ -89,11 +90,12 @@ def test_columns_that_tell_nothing_are_left_out(here: Path, capsys: pytest.Captu
 def test_problem_types_are_told_where_they_differ(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def read(path: Path) -> Recipe:
+    def read(path: Path) -> tuple[Recipe, bool]:
         other = {"problem_type": "regression"} if path.stem == "tiny" else {}
-        return as_written(path).model_copy(update=other)
+        recipe, is_sound = glance(path)
+        return recipe.model_copy(update=other), is_sound
 
-    monkeypatch.setattr("accel_trainer.listing.as_written", read)
+    monkeypatch.setattr("accel_trainer.listing.glance", read)
     header, *lines = table(capsys)
     assert header[1] == "problem type"
     assert [line[1] for line in lines] == [
@@ -170,6 +172,33 @@ def test_a_recipe_whose_data_are_not_there_has_a_mistake_and_is_described(here: 
     (far,) = rows("gone.csv")
     assert (far.checkpoint, far.dataset) == ("new bert", "gone.csv")
     assert far.result == "has mistakes: accel-trainer check far"
+
+
+def test_a_secret_is_a_mistake_and_not_shown(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    address = "https://ann:geheim1234@example.org/train.csv"
+    write(here / "recipes", "odd", dataset={"path": address, "splits": {"train": 0.9, "validation": 0.1}})
+    assert table(capsys, "odd")[1] == ["odd", "has mistakes: accel-trainer check odd", "./recipes"]
+    with pytest.raises(UserError, match="no recipe's name"):
+        print_recipes("geheim")
+
+
+def test_no_disk_is_searched_and_each_file_is_read_once(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise AssertionError
+
+    write(here / "recipes", "odd", dataset={"data_files": "/**/x.csv", "splits": {"train": 0.9, "validation": 0.1}})
+    monkeypatch.setattr(Path, "glob", refuse)
+    monkeypatch.setattr(Path, "rglob", refuse)
+    read = Counter[str]()
+
+    def counted(text: bytes, source: str) -> Draft:
+        read[source] += 1
+        return read_draft(text, source)
+
+    monkeypatch.setattr(recipe_file, "read_draft", counted)
+    (odd,) = rows("odd")
+    assert (odd.dataset, odd.is_sound) == ("/**/x.csv", True)
+    assert set(read.values()) == {1}
 
 
 def test_old_names_are_read_without_a_note(here: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -12,6 +13,7 @@ from harness import NO_DROPOUT, alone_on_the_cpu, run_trainer, write_recipe_in
 from hub_cache import write_checkpoint
 from support import reviews, write_csv
 
+from accel_trainer import locking, recipe_edit
 from accel_trainer.errors import UserError
 from accel_trainer.locking import lock_recipe
 from accel_trainer.recipe_file import load_recipe
@@ -102,6 +104,28 @@ def test_a_new_model_is_locked_to_its_rows(tmp_path: Path) -> None:
     locked = load_recipe(lock_recipe(str(path)))
     assert locked.model.sha256 is None
     assert locked.dataset.sha256 is not None
+
+
+def test_what_may_not_be_written_costs_no_reading(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe_edit, "HF_HUB_CACHE", str(recipe.parent))
+    monkeypatch.setattr(locking, "read_inputs", lambda *_, **__: pytest.fail("read"))
+    with pytest.raises(UserError, match="belongs to the Hub's cache"):
+        lock_recipe(str(recipe))
+
+
+def test_what_an_editor_changed_meanwhile_stays(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = locking.read_inputs
+
+    def read_slowly(*arguments: Any, **options: Any) -> Any:
+        recipe.write_text(recipe.read_text(encoding="utf-8") + "# mine\n", encoding="utf-8")
+        return read(*arguments, **options)
+
+    monkeypatch.setattr(locking, "read_inputs", read_slowly)
+    with pytest.raises(UserError, match=r"tiny\.yaml: another program has changed it meanwhile"):
+        lock_recipe(str(recipe))
+    text = recipe.read_text(encoding="utf-8")
+    assert text.endswith("# mine\n")
+    assert "sha256" not in text
 
 
 def test_only_revisions_can_be_given(recipe: Path) -> None:

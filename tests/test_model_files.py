@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub
@@ -15,7 +14,7 @@ from hub_cache import COMMIT, snapshot, write_checkpoint
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
-from accel_trainer import model_files
+from accel_trainer import writing
 from accel_trainer.errors import CannotLoad, UserError
 from accel_trainer.model_files import TOKENIZER_FILES, check_files, pinned_files
 from accel_trainer.recipe import ModelSection
@@ -80,6 +79,18 @@ def test_a_model_from_its_config_has_no_files() -> None:
         check_files(section.model_copy(update={"sha256": {"config.json": "a" * 64}}))
 
 
+@pytest.mark.usefixtures("hub")
+@pytest.mark.parametrize("revision", [None, "main", "v1.0", COMMIT["model"][:7]])
+def test_a_locked_model_of_the_hub_names_its_commit(revision: str | None, checkpoint: Path) -> None:
+    whole = pinned_files(ModelSection(checkpoint="team/tiny"))
+    with pytest.raises(UserError, match=rf"model\.revision: {revision or 'main'} of team/tiny may move .*lock"):
+        check_files(whole.model_copy(update={"revision": revision}))
+    part = pinned_files(ModelSection(checkpoint=str(checkpoint), tokenizer="team/tiny"))
+    check_files(part.model_copy(update={"revision": revision}))  # a folder has none
+    with pytest.raises(UserError, match=rf"model\.tokenizer_revision: {revision or 'main'} of team/tiny may move"):
+        check_files(part.model_copy(update={"tokenizer_revision": revision}))
+
+
 @pytest.mark.parametrize("name", sorted(READ))
 @pytest.mark.parametrize("where", ["folder", "hub"])
 def test_other_bytes_are_refused(name: str, where: str, checkpoint: Path, hub: Path) -> None:
@@ -120,10 +131,8 @@ def test_the_same_bytes_elsewhere_will_do(checkpoint: Path, tmp_path: Path) -> N
 
 def test_a_file_is_hashed_once(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    digest: Callable[..., hashlib._Hash] = hashlib.file_digest
-    monkeypatch.setattr(
-        model_files.hashlib, "file_digest", lambda file, kind: (read.append(file.name), digest(file, kind))[1]
-    )
+    sha256 = writing.sha256
+    monkeypatch.setattr(writing, "sha256", lambda path: (read.append(path.name), sha256(path))[1])
     section = pinned_files(ModelSection(checkpoint=str(checkpoint)))
     check_files(section)
     pinned_files(section)

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import json
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from pathlib import Path
 from random import Random
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sample_files import MINIMAL, SCALARS
 
+from accel_trainer import recipe_edit
 from accel_trainer.draft import ABSENT, Draft, Keys
 from accel_trainer.errors import RecipeError, UserError
 from accel_trainer.library import shipped
-from accel_trainer.recipe_edit import edit, read_text, write_recipe
+from accel_trainer.recipe_edit import changing, edit, read_text, write_recipe
 from accel_trainer.recipe_file import parse_recipe, read_draft
 
 COMMENTED = """\
@@ -151,6 +155,79 @@ def test_exactly_the_changes_are_made(name: str, changes: dict[Keys, Any]) -> No
     assert edited.count("\r\n") == (edited.count("\n") if "\r\n" in text else 0)
     kept = comment_lines(edited)
     assert [line for line in comment_lines(text) if line not in (*kept, "# no comment")] == []
+
+
+# What people have in their recipes, and what only somebody who looks for a mistake would write.
+SNIPPETS = [
+    *("# c\n", "\n", "  # deep\n", "\t# tab\n", "---\n", "...\n", "      \n", "\u2028", "\x85", "  seed: 1   # s\n"),
+    *("description: >\n  folded\n  # not comment\n\n", "source: |+\n  keep\n\n\n", "source: |\n  clip\n\n\n"),
+    *("'description': 'it''s'\n", "? source\n: x\n", "derived_from:\n  - a\n", "results: []\n", 'source: "a\\\n  b"\n'),
+    "name_x: {a: 1, # c\n  b: 2}\n",
+]
+DAMAGE = st.one_of(
+    st.tuples(st.just("insert"), st.integers(0, 40), st.sampled_from(SNIPPETS)),
+    st.tuples(st.just("delete"), st.integers(0, 40), st.none()),
+    st.tuples(st.just("indent"), st.integers(0, 40), st.none()),
+)
+WHAT_COMMANDS_CHANGE: list[dict[Keys, Any]] = [
+    {("results",): ABSENT, ("derived_from",): "x@sha256:1"},
+    {
+        ("model", "revision"): "a" * 40,
+        ("model", "sha256"): {"config.json": "b" * 64},
+        ("dataset", "sha256"): {"train": "d"},
+    },
+    {("results",): [{"date": "2026-01-01", "step": 3, "metrics": {"test": {"accuracy": 0.5}}}]},
+    {("training", "seed"): 7, ("training", "learning_rate"): 1e-5},
+    {("dataset", "labels"): ["no", "yes", "\u4e2d: #x"]},
+    {("dataset", "splits", "train"): ABSENT},
+    {("description",): "a # b: c\nline two"},
+]
+
+
+def damaged(text: str, damages: list[tuple[str, int, str | None]]) -> str:
+    lines = text.splitlines(keepends=True)
+    for kind, place, snippet in damages:
+        if kind == "insert":
+            lines.insert(place, snippet or "")
+        elif place < len(lines):
+            lines[place] = "" if kind == "delete" else lines[place].replace(" ", "  ", 1)
+    return "".join(lines)
+
+
+@settings(max_examples=200)
+@given(
+    text=st.builds(damaged, st.sampled_from([MINIMAL, COMMENTED]), st.lists(DAMAGE, max_size=4)),
+    changes=st.sampled_from(WHAT_COMMANDS_CHANGE),
+    ends=st.sampled_from(["\n", "\r\n"]),
+    is_cut=st.booleans(),
+)
+@example(
+    text="description: a\nsource: |+\n  keep\n\n\nresults: []\n",
+    changes=WHAT_COMMANDS_CHANGE[0],
+    ends="\n",
+    is_cut=False,
+)
+@example(
+    text="source: |+\n  keep\n\n\nresults: []\n\nmodel: {}\n", changes={("results",): ABSENT}, ends="\n", is_cut=False
+)
+@example(text="source: |+\n  keep\n\n", changes={("results",): [{"step": 1}]}, ends="\r\n", is_cut=False)
+@example(text="description: q # b\n", changes={("description",): "a # b: c\nline two"}, ends="\n", is_cut=False)
+def test_any_text_is_changed_exactly_or_not_at_all(
+    text: str, changes: dict[Keys, Any], ends: str, is_cut: bool
+) -> None:
+    text = (text.rstrip() if is_cut else text).replace("\n", ends)
+    try:
+        wanted = changed(values_of(text), changes)
+    except (AssertionError, RecipeError):
+        with pytest.raises(RecipeError):
+            edit(text, changes)
+        return
+    refused = ""
+    try:
+        assert values_of(edit(text, changes)) == wanted
+    except UserError as error:  # below what is no mapping now, or a block of text that lacks the end of its last line
+        refused = str(error)
+    assert not refused or "no mapping" in refused or is_cut
 
 
 SHIPPED = sorted(shipped("recipes").rglob("*.yaml"))
@@ -297,6 +374,50 @@ def test_files_are_replaced_at_once_and_through_links(tmp_path: Path) -> None:
         write_recipe(path / "x.yaml", "a: 3\n")
     with pytest.raises(UserError, match=r"none\.yaml: it cannot be read"):
         read_text(tmp_path / "none.yaml")
+
+
+def test_a_text_that_resists_is_left_to_its_author(monkeypatch: pytest.MonkeyPatch) -> None:
+    for wrong in ("seed: 2\n", "a: [\n"):
+        monkeypatch.setattr(recipe_edit._Editor, "rewritten", lambda *_, wrong=wrong: wrong)
+        with pytest.raises(UserError, match=r"training\.seed: in this text, nothing can be set .* set it by hand"):
+            edit(MINIMAL, {("training", "seed"): 1})
+
+
+def test_changes_wait_for_each_other_and_leave_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, link = tmp_path / "r.yaml", tmp_path / "link.yaml"
+    path.write_text("0", encoding="utf-8")
+    link.symlink_to(path)
+
+    def count(name: Path) -> None:
+        for _ in range(20):
+            with changing(name) as change:
+                change.text = str(int(change.text) + 1)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(count, [path, link, path, link]))
+    assert path.read_text(encoding="utf-8") == "80"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.yaml", "r.yaml"]
+
+    monkeypatch.setattr(recipe_edit, "PATIENCE", 0.0)
+    with changing(path), pytest.raises(UserError, match=r"link\.yaml: another command is changing it"), changing(link):
+        pass
+
+
+def test_where_nothing_can_be_locked_it_is_written_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("a: 1\n", encoding="utf-8")
+    monkeypatch.setattr(recipe_edit.FileLock, "acquire", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
+    with changing(path) as change:
+        change.text = "a: 2\n"
+    assert path.read_text(encoding="utf-8") == "a: 2\n"
+    monkeypatch.setattr(recipe_edit.FileLock, "acquire", Mock(side_effect=PermissionError(13, "Permission denied")))
+    with (
+        pytest.raises(UserError, match=r"cannot write .*r\.yaml: Permission denied; .*accel-trainer copy"),
+        changing(path),
+    ):
+        pass
 
 
 def test_the_installed_library_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import ast
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -21,7 +21,16 @@ from accel_trainer import recipe_file
 from accel_trainer.draft import Draft
 from accel_trainer.errors import Mistake, RecipeError
 from accel_trainer.recipe import CURVES, Recipe
-from accel_trainer.recipe_file import COMMAND_LINE, json_schema, load_recipe, parse_recipe, schema_text, to_yaml
+from accel_trainer.recipe_file import (
+    COMMAND_LINE,
+    as_written,
+    glance,
+    json_schema,
+    load_recipe,
+    parse_recipe,
+    schema_text,
+    to_yaml,
+)
 from accel_trainer.yaml_text import _SYNTAX
 
 BASE = """\
@@ -150,6 +159,7 @@ FILES: list[tuple[str | bytes, int | None, str]] = [
     ("~\n", None, "the file is empty"),
     ("- a\n", None, "this is no recipe"),
     ("text\n", None, "this is no recipe"),
+    ("use_cpu: true\nnum_processes: 2\n", None, "this is an accelerate config, no recipe; give it by --config_file"),
     (b"a: 1\n\xff\xfe", 2, "not UTF-8"),
     (" " * 1_000_001, None, "over 1 MB"),
     ("[" * 5000, 1, "levels deep"),
@@ -181,6 +191,11 @@ OVERRIDES = [
     ("a." * 25 + "b=1", "", "a key of 26 parts"),
     ("dataset.path=https://ann:hunter2@host/a.csv", "dataset.path", "there is a token or a password in it"),
     ("training.seed", "", "an override has no ="),
+    (
+        "training.num_train_epochs=2",
+        "training.num_train_epochs",
+        "it has no effect: max_steps wins, 10 in line 3 (in `training.num_train_epochs=2`); add training.max_steps=null",
+    ),
     ("=3", "", "an override needs a key"),
     ("training..seed=3", "", "an override needs a key"),
     ("trainng.seed=3", "trainng", "did you mean `training`?"),
@@ -307,7 +322,7 @@ def test_the_tables_above_hold_every_kind_of_mistake(monkeypatch: pytest.MonkeyP
     for override, _, _ in OVERRIDES:
         mistakes_of(MINIMAL, (override,)) if "data_files" not in override else None
     test_nothing_is_set_below_a_value_of_the_file()
-    for path in (tmp_path, tmp_path / "none.yaml", tmp_path / "null\0"):
+    for path in (tmp_path, tmp_path / "none.yaml", tmp_path / "null\0", tmp_path / "reviews.csv.gz"):
         with pytest.raises(RecipeError):
             load_recipe(path)
     calls = list(fault_calls())
@@ -510,6 +525,36 @@ def test_a_recipe_that_may_not_be_read(tmp_path: Path) -> None:
     path.touch(0o000)
     with pytest.raises(RecipeError, match="cannot be read"):
         load_recipe(path)
+
+
+def test_as_written_nothing_is_looked_for(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(MINIMAL.replace("path: org/data", "data_files: [gone.csv, 'x/*.csv']"), encoding="utf-8")
+    assert as_written(path).dataset.data_files == ["gone.csv", "x/*.csv"]
+    assert glance(path) == (as_written(path), False)
+    (tmp_path / "gone.csv").touch()
+    assert glance(path) == (as_written(path), True)
+
+
+@pytest.mark.parametrize("read", [load_recipe, as_written, glance])
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (MINIMAL.replace("org/data", "https://ann:geheim1234@host/x.csv"), "a token or a password"),
+        (MINIMAL + "#" * 1_000_000, "over 1 MB"),
+        (MINIMAL + "extra: 1\n", "extra"),
+        (None, "no such file"),
+    ],
+)
+def test_every_reader_of_a_file_has_the_same_checks(
+    tmp_path: Path, read: Callable[[Path], object], text: str | None, says: str
+) -> None:
+    path = tmp_path / "x.yaml"
+    if text is not None:
+        path.write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError, match=says) as caught:
+        read(path)
+    assert "geheim" not in str(caught.value)
 
 
 def test_the_source_is_the_path_as_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

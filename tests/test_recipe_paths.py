@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from sample_files import MINIMAL
@@ -76,7 +77,30 @@ def test_what_is_no_hub_id_must_exist(folders: tuple[Path, Path], path: str) -> 
     assert mistake.remedy == "it is absolute" or f"{beside} and {here}" in mistake.remedy or "~" in path
 
 
-@pytest.mark.parametrize("files", ["none.csv", "'none*.csv'", "'**x/*.csv'", "imdb"])
+@pytest.mark.parametrize("files", ["none.csv", "'none*.csv'", "'**x/*.csv'", r'"a\0b/**/x.csv"', "imdb"])
 def test_data_files_must_exist(folders: tuple[Path, Path], files: str) -> None:
     with pytest.raises(RecipeError, match="no such file or folder"):
         load(folders[0], f"data_files: {files}")
+
+
+@pytest.mark.parametrize("files", ["/**/x.csv", "/*/**/x.csv", "~/**", "~/../**/x.csv", "../../**/a.csv"])
+def test_no_glob_searches_the_disk(folders: tuple[Path, Path], files: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> NoReturn:
+        raise AssertionError
+
+    monkeypatch.setenv("HOME", str(folders[1].parent / "here" / "home"))
+    monkeypatch.setattr(Path, "glob", refuse)
+    with pytest.raises(RecipeError) as caught:
+        load(folders[0], f"data_files: '{files}'")
+    (mistake,) = caught.value.mistakes
+    assert mistake.remedy.startswith("** is searched for neither below / nor below a home folder: name the folder that")
+
+
+def test_a_glob_searches_a_folder(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    beside, here = folders
+    monkeypatch.setenv("HOME", str(beside))
+    for files in ("parts/**/*.csv", f"{beside}/parts/**/a.csv", "~/parts/**/a.csv"):
+        found = load(beside, f"data_files: '{files}'").dataset.data_files
+        assert str(found).startswith(str(beside / "parts" / "**"))
+    # Beside the recipe, which is a home folder, nothing is searched for; here it is.
+    assert load(beside, "data_files: '**/second.csv'").dataset.data_files == str(here / "**" / "second.csv")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,8 @@ from accel_trainer import recipe_edit, recording
 from accel_trainer.errors import UserError
 from accel_trainer.recipe import Recipe, Result
 from accel_trainer.recipe_file import load_recipe
-from accel_trainer.recording import hardware_named, merged, record, rounded, unlike
+from accel_trainer.recording import hardware_named, merged, record, unlike
+from accel_trainer.results import rounded
 from accel_trainer.results_table import BEGIN, END, results_table
 
 COMMENT = "# what this is about\n"
@@ -53,6 +56,13 @@ def place(done: Path, tmp_path: Path) -> Path:
 def change(path: Path, **values: Any) -> None:
     """Change top-level values of a JSON file."""
     path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **values}), encoding="utf-8")
+
+
+def without(path: Path, name: str) -> None:
+    """Take a top-level value out of a JSON file."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    del values[name]
+    path.write_text(json.dumps(values), encoding="utf-8")
 
 
 def change_recipe(place: Path, **sections: Any) -> None:
@@ -137,15 +147,25 @@ def nothing_scored(place: Path) -> None:
     (place / "run" / "results.json").write_text(json.dumps({"train": results["train"]}), encoding="utf-8")
 
 
+TRAIN = {"steps": 3, "best_step": None, "train_runtime": None}  # no number: it was not finite
+
 MISTAKES: list[tuple[Callable[[Path], object], str]] = [
     (edited, r"training.learning_rate: 0.001 in the run, 0.5 in the recipe\n.*accel-trainer copy"),
     (other_data, r"dataset.path: /.*reviews.csv in the run, /.*other.csv in the recipe"),
     (lambda place: change_recipe(place, training={"seed": "x"}), r"tiny.yaml:\d+: training.seed"),
     (lambda place: change(place / "run" / "status.json", state="interrupted"), "interrupted, at step 3; .*--resume"),
     (lambda place: (place / "run" / "status.json").unlink(), "there is no run"),
-    (no_result, "results.json: it cannot be read"),
+    (no_result, "results.json: it is missing or empty"),
+    (lambda place: (place / "run" / "run.json").unlink(), "run.json: it is missing or empty"),
+    (lambda place: (place / "run" / "results.json").write_text("[]"), "results.json: it is not what a run leaves"),
+    (lambda place: (place / "run" / "results.json").write_text('{"test": {"f1": 0.5}}'), "'train' is missing"),
+    (lambda place: without(place / "run" / "run.json", "hardware"), "'hardware' is missing"),
+    (lambda place: change(place / "run" / "run.json", started_at=5), "a value is of the wrong kind"),
+    (lambda place: change(place / "run" / "run.json", hardware={"num_processes": 1}), "'device' is missing"),
+    (lambda place: change(place / "run" / "results.json", train=TRAIN), "a value is of the wrong kind"),
+    (lambda place: change(place / "run" / "run.json", recipe={"path": "x" * 300}), "is not here"),
     (nothing_scored, "no split was scored"),
-    (lambda place: (place / "run" / "recipe.yaml").unlink(), "cannot read .*recipe.yaml"),
+    (lambda place: (place / "run" / "recipe.yaml").unlink(), "recipe.yaml: there is no such file"),
 ]
 
 
@@ -158,6 +178,34 @@ def test_a_result_that_is_not_the_recipes_is_refused(
     with pytest.raises(UserError, match=f"(?s){message}"):
         record(place / "run")
     assert {file: file.read_bytes() for file in (place / "library").iterdir()} == files
+
+
+COMMANDS = """
+import sys; from pathlib import Path; from accel_trainer.recording import record
+sys.stdin.read(1)
+for run in sys.argv[1:]: record(Path(run))
+"""
+
+
+def test_several_at_once_lose_nothing(place: Path) -> None:
+    runs = [place / f"run-{number}" for number in range(6)]
+    hardware = json.loads((place / "run" / "run.json").read_text(encoding="utf-8"))["hardware"]
+    for number, run in enumerate(runs, 2):
+        shutil.copytree(place / "run", run)
+        change(run / "run.json", hardware={**hardware, "num_processes": number})
+    commands = [
+        subprocess.Popen([sys.executable, "-c", COMMANDS, *map(str, mine)], stdin=subprocess.PIPE, cwd=ROOT)
+        for mine in (runs[::2], runs[1::2])
+    ]
+    for command in commands:
+        assert command.stdin is not None
+        command.stdin.close()
+    assert [command.wait() for command in commands] == [0, 0]
+    results = load_recipe(place / "library" / "tiny.yaml").results
+    assert {result.hardware for result in results} == {f"{number} processes, cpu, float32" for number in range(2, 8)}
+    readme = (place / "library" / "README.md").read_text(encoding="utf-8")
+    assert readme == f"# Ours\n{BEGIN}\n\n{results_table(place / 'library')}\n{END}\nend\n"
+    assert [path.name for path in (place / "library").iterdir() if path.name.startswith(".")] == []
 
 
 @pytest.mark.parametrize("tolerance", [-0.1, math.nan, math.inf])
@@ -265,7 +313,7 @@ def results(hardware: st.SearchStrategy[str]) -> st.SearchStrategy[Result]:
 
 
 @given(
-    old=st.lists(results(st.sampled_from("abc")), max_size=4, unique_by=lambda result: result.hardware),
+    old=st.lists(results(st.sampled_from("abc")), max_size=4),
     new=results(st.sampled_from("abc")),
     tolerance=st.sampled_from([None, 0.3]),
 )
@@ -278,8 +326,6 @@ def test_a_result_replaces_that_of_its_hardware_alone(old: list[Result], new: Re
         result for result in old if result.hardware != new.hardware
     ]
     (found,) = (result for result in after if result.hardware == new.hardware)
-    is_first = all(result.hardware != new.hardware for result in old)
-    assert found == after[-1] or any(result.date > found.date for result in after) or not is_first
     before = [result.tolerance for result in old if result.hardware == new.hardware]
     assert found == new.model_copy(update={"tolerance": tolerance or [*before, new.tolerance][0]})
 

@@ -13,6 +13,7 @@ from harness import Outcome, run_trainer, signal_at, write_recipe_in
 from accel_trainer import rehearsal
 from accel_trainer.inputs import read_inputs
 from accel_trainer.recipe_file import load_recipe
+from accel_trainer.run_folder import RunFolder
 
 
 def dry_run(recipe: Path, folder: Path, *arguments: str) -> Outcome:
@@ -55,6 +56,7 @@ def test_what_a_killed_one_left_is_replaced_and_what_is_not_its_own_is_kept(tmp_
     recipe, left = write_recipe_in(tmp_path), tmp_path / "run.dry_run"
     (left / "checkpoints" / "checkpoint-1").mkdir(parents=True)
     (left / "status.json").write_text(json.dumps({"state": "running"}))
+    (left / ".dry_run").touch()
     assert dry_run(recipe, tmp_path / "run").code == 0
     left.mkdir()
     (left / "thesis.tex").write_text("years of work")
@@ -64,11 +66,34 @@ def test_what_a_killed_one_left_is_replaced_and_what_is_not_its_own_is_kept(tmp_
     assert (left / "thesis.tex").read_text() == "years of work"
 
 
+def test_a_run_of_that_name_is_no_rehearsal(tmp_path: Path) -> None:
+    recipe = write_recipe_in(tmp_path)
+    first = run_trainer(recipe, tmp_path / "run.dry_run")
+    assert first.code == 0, first.err
+    refused = dry_run(recipe, tmp_path / "run")
+    assert refused.code == 2
+    assert "holds something else" in refused.err
+    assert (first.folder / "results.json").exists()
+
+
+def test_folders_that_it_made_go_too(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    with rehearsal.leaving_nothing(RunFolder(tmp_path / "kept" / "new" / "newer" / "run.dry_run")):
+        assert (tmp_path / "kept" / "new" / "newer" / "run.dry_run").is_dir()
+    assert list((tmp_path / "kept").iterdir()) == []
+
+
+def test_the_root_is_no_folder_for_a_run(tmp_path: Path) -> None:
+    nameless = dry_run(write_recipe_in(tmp_path), Path("/"))
+    assert nameless.code == 2
+    assert "name a folder for the run" in nameless.err
+
+
 @pytest.mark.parametrize("option", [["--resume"], ["--stop_after", "1"]])
 def test_options_that_make_no_sense_are_refused(option: list[str], tmp_path: Path) -> None:
     ended = dry_run(write_recipe_in(tmp_path), tmp_path / "run", *option)
     assert ended.code == 2
-    assert "--dry_run: it takes steps of its own" in ended.err
+    assert ended.err.startswith("error: --dry_run: it takes steps of its own")  # before anything is read
     assert list(tmp_path.glob("run*")) == []
 
 
@@ -99,7 +124,7 @@ def test_a_failure_is_told_and_leaves_nothing(tmp_path: Path) -> None:
 def test_the_slices_are_the_longest_rows_and_the_steps_are_the_recipes(tmp_path: Path) -> None:
     recipe = load_recipe(write_recipe_in(tmp_path, rows=200))
     inputs = read_inputs(recipe)
-    short = rehearsal.rehearsed(inputs)
+    short = rehearsal.shortened_inputs(inputs)
     for role, split in inputs.splits.items():
         size = min(len(split), 64)
         slice_ = short.splits[role]

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import shutil
 import signal
-import subprocess
-import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import LAUNCH_VARIABLES, ROOT, run_trainer, user_environment, write_recipe_in
+from harness import LAUNCH_VARIABLES, ROOT, run_trainer, signal_at, user_environment, write_recipe_in
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,8 +21,9 @@ from accel_trainer import reproduction as module
 from accel_trainer.errors import Interrupted, RunFolderError, TrainingFailed, UserError
 from accel_trainer.recipe import Recipe, Result
 from accel_trainer.recipe_file import load_recipe
-from accel_trainer.recording import record, rounded
+from accel_trainer.recording import record
 from accel_trainer.reproduction import Comparison, comparable, compare, print_reproduction, reproduce
+from accel_trainer.results import rounded
 from accel_trainer.run_folder import RunFolder
 
 CPU = ROOT / "accelerate_configs" / "cpu.yaml"
@@ -56,9 +56,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.launch
-def test_the_same_hardware_gives_the_same_numbers_and_other_numbers_are_told(
-    recorded: Path, here: Path, capfd: pytest.CaptureFixture[str]
+def test_the_same_hardware_gives_the_same_numbers(
+    recorded: Path, here: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():  # of a launch around this process
+        monkeypatch.setenv(name, value)
     again = reproduce(str(recorded), config_file=CPU)
     assert again.run == here / "runs" / "reproduce" / "tiny"
     assert len(again.comparisons) == 6
@@ -72,13 +74,37 @@ def test_the_same_hardware_gives_the_same_numbers_and_other_numbers_are_told(
     assert out.count(" same\n") == 6
     assert out.splitlines()[-1] == "tiny: reproduced"
 
+
+# --- without a launch -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches that are calls of the trainer in this process."""
+
+    def launched(command: list[str], *, shown: bool) -> tuple[int, str]:
+        recipe, *rest = command[command.index(module.TRAINER) + 1 :]
+        place = rest.index("--output_dir")
+        folder = Path(rest[place + 1])
+        return min(run_trainer(Path(recipe), folder, *rest[:place], *rest[place + 2 :]).code, 1), ""
+
+    monkeypatch.setattr(module, "launched", launched)
+
+
+@pytest.fixture
+def run(recorded: Path, here: Path) -> Path:
+    """A copy of the run whose result was recorded."""
+    return shutil.copytree(recorded.parent / "run", here / "again", copy_function=shutil.copy2)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_run_that_is_done_is_compared_again(recorded: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = recorded.read_text(encoding="utf-8")
     (entry,) = load_recipe(recorded).results
     loss = entry.metrics["test"]["loss"]
     assert text.count(f"{loss:.6g}") == 1
     tampered = recorded.with_name("tampered.yaml")
     tampered.write_text(text.replace(f"{loss:.6g}", f"{loss + 0.001:.6g}"), encoding="utf-8")
-    run = here / "runs" / "reproduce" / "tiny"
     weights = (run / "checkpoints" / "checkpoint-5" / "model.safetensors").stat().st_mtime_ns
     with pytest.raises(RunFolderError, match=r"a run lies there already .*--resume"):
         reproduce(str(tampered), config_file=CPU, output_dir=run)
@@ -86,50 +112,57 @@ def test_the_same_hardware_gives_the_same_numbers_and_other_numbers_are_told(
     assert (run / "checkpoints" / "checkpoint-5" / "model.safetensors").stat().st_mtime_ns == weights
     assert not missed.succeeded
     assert [comparison.metric for comparison in missed.comparisons if not comparison.holds] == ["test loss"]
-    capfd.readouterr()
     print_reproduction(missed)
-    out = capfd.readouterr().out
+    out = capsys.readouterr().out
     assert out.count(" missed\n") == 1
-    assert "tiny: NOT reproduced: test loss" in out.replace("tampered", "tiny")
+    assert "tampered: NOT reproduced: test loss" in out
     assert "accel-trainer lock" in out
 
 
-@pytest.mark.launch
-def test_a_mistake_that_the_trainer_finds_is_the_users(recorded: Path, here: Path) -> None:
+@pytest.mark.usefixtures("in_process")
+def test_a_mistake_that_the_trainer_finds_is_the_users(recorded: Path, here: Path, run: Path) -> None:
     (here / "other.csv").write_text("text,stars\nfine,5\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"other\.csv has 1"):
-        reproduce(str(recorded), ["dataset.path=other.csv"], config_file=CPU)
+        reproduce(str(recorded), ["dataset.path=other.csv"])
     assert RunFolder(here / "runs" / "reproduce" / "tiny").status()["exit_code"] == 2
 
-
-@pytest.mark.launch
-def test_an_interrupted_reproduction_can_be_gone_on_from(here: Path) -> None:
-    entry = {"date": "2026-01-01", "step": 1, "metrics": {"test": {"accuracy": 0.5}}}
-    recipe = write_recipe_in(here, training={"max_steps": 100_000})
-    recipe.write_text(recipe.read_text(encoding="utf-8") + f"results: [{json.dumps(entry)}]\n", encoding="utf-8")
-    code = (
-        "import sys; from pathlib import Path; from accel_trainer.errors import Interrupted\n"
-        "from accel_trainer.reproduction import reproduce\n"
-        "try: reproduce('tiny.yaml', config_file=Path(sys.argv[1]))\n"
-        "except Interrupted as stop: sys.exit(stop.exit_code)"
-    )
-    command = [sys.executable, "-c", code, str(CPU)]
-    process = subprocess.Popen(command, cwd=here, env=user_environment(here), stderr=subprocess.DEVNULL)
-    run = here / "runs" / "reproduce" / "tiny"
-    try:
-        end = time.monotonic() + 100
-        while not (run / "metrics.jsonl").exists() and process.poll() is None and time.monotonic() < end:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(100) == 75
-    finally:
-        process.kill()
-    status = RunFolder(run).status()  # the trainer has saved by now
-    assert status["state"] == "interrupted"
-    assert (run / "checkpoints" / f"checkpoint-{status['step']}").is_dir()
+    before = RunFolder(run).status()
+    with pytest.raises(UserError, match=r"other\.csv has 1"):
+        reproduce(str(recorded), ["dataset.path=other.csv"], output_dir=run, resume=True)
+    assert RunFolder(run).status() == before  # what is done is done
 
 
-# --- without a launch -------------------------------------------------------------------------------------------------
+@pytest.mark.usefixtures("in_process")
+def test_an_interrupted_reproduction_can_be_gone_on_from(recorded: Path, here: Path) -> None:
+    with signal_at(2, signal.SIGTERM), pytest.raises(Interrupted):
+        reproduce(str(recorded), output_dir=here / "out")
+    assert (here / "out" / "checkpoints" / "checkpoint-2").is_dir()
+    assert reproduce(str(recorded), output_dir=here / "out", resume=True).succeeded
+
+
+def test_an_interruption_waits_until_the_trainer_has_saved(
+    recorded: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_work = threading.Event()
+
+    def trainer() -> None:
+        with RunFolder(here / "out").locked():
+            at_work.set()
+            time.sleep(0.3)
+            RunFolder(here / "out").set_status("interrupted", 3, 75, "saved")
+
+    def launched(*_: object, **__: object) -> None:
+        threads.append(threading.Thread(target=trainer))
+        threads[0].start()
+        assert at_work.wait(30)
+        raise Interrupted
+
+    threads: list[threading.Thread] = []
+    monkeypatch.setattr(module, "launched", launched)
+    with pytest.raises(Interrupted):
+        reproduce(str(recorded), output_dir=here / "out")
+    assert RunFolder(here / "out").status()["reason"] == "saved"
+    threads[0].join()
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, code: int, status: tuple[Any, ...] | None) -> list[list[str]]:
@@ -139,7 +172,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, code: int, status: tuple[Any, ...] 
     def launched(command: list[str], *, shown: bool) -> tuple[int, str]:
         commands.append(list(command))
         folder = RunFolder(Path(command[command.index("--output_dir") + 1]))
-        assert folder.status() == {}  # what an earlier launch left would be taken for this one's
+        assert folder.status().get("reason") is None  # what an earlier launch left would be taken for this one's
         if status is not None:
             folder.set_status(*status)
         return code, ""
@@ -169,10 +202,13 @@ def test_how_a_launch_ended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     RunFolder(here / "out").set_status("failed", 1, 2, "an earlier mistake")
+    before = RunFolder(here / "out").status()
     pretend(monkeypatch, code, status)
     with pytest.raises(error, match=message) as raised:
         reproduce(str(recorded), output_dir=here / "out")
     assert type(raised.value) is error
+    if status is None:
+        assert RunFolder(here / "out").status() == before
 
 
 def test_the_command(recorded: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,10 +237,11 @@ def no_result(recorded: Path) -> dict[str, Any]:
         (lambda _: {"overrides": ["saving.load_best_model_at_end=false"]}, "saving.load_best_model_at_end"),
         (lambda _: {"overrides": ["training.sed=1"]}, "training.sed"),
         (lambda _: {"recipe": "nowhere"}, "nowhere: no such recipe"),
-        (lambda _: {"config_file": Path("nowhere.yaml")}, "--config_file nowhere.yaml"),
+        (lambda _: {"config_file": Path("nowhere.yaml")}, r"nowhere\.yaml: there is no such file"),
+        (lambda _: {"config_file": ROOT / "README.md"}, r"README\.md:\d+: "),
         (lambda _: {"tolerance": -1.0}, "--tolerance -1.0"),
     ],
-    ids=range(7),
+    ids=range(8),
 )
 def test_mistakes_are_found_before_anything_starts(
     arguments: Callable[[Path], dict[str, Any]],

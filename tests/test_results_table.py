@@ -13,18 +13,7 @@ from hypothesis import strategies as st
 from support import tiny_recipe
 
 from accel_trainer.errors import UserError
-from accel_trainer.recipe import DatasetSection, Recipe
-from accel_trainer.results_table import (
-    BEGIN,
-    END,
-    HEADERS,
-    dataset_named,
-    library_of,
-    newest,
-    results_table,
-    score,
-    write_table,
-)
+from accel_trainer.results_table import BEGIN, END, HEADERS, library_of, results_table, write_table
 
 RESULT: dict[str, Any] = {
     "date": "2026-03-01",
@@ -33,11 +22,6 @@ RESULT: dict[str, Any] = {
     "hardware": "1 process, cpu, float32",
     "duration": 3725.4,
 }
-
-
-def recipe_of(*results: dict[str, Any], **evaluation: Any) -> Recipe:
-    values = tiny_recipe(Path("reviews.csv"), evaluation={"metrics": ["accuracy", "f1"], **evaluation})
-    return Recipe.model_validate({**values, "results": list(results)})
 
 
 def write(path: Path, **values: Any) -> Path:
@@ -90,40 +74,41 @@ def test_a_row_says_what_a_recipe_is_and_came_to(library: Path) -> None:
     assert results_table(library).count("\n") == 2 + len(rows)
 
 
-def test_the_number_that_speaks_for_a_recipe() -> None:
-    best = {"metric_for_best_model": "f1"}
-    assert score(recipe_of()) is None
-    assert score(recipe_of(RESULT, metric_for_best_model="accuracy")) == ("test", "accuracy", 0.7)
-    assert score(recipe_of(RESULT, **best)) == ("validation", "f1", 0.75)  # the test rows may be unlabelled
-    assert score(recipe_of({**RESULT, "metrics": {"test": {"loss": 0.5}}}, **best)) is None
-    assert score(recipe_of(RESULT)) == ("test", "accuracy", 0.7)  # not the loss, by default
-    assert score(recipe_of(RESULT, metrics=[])) == ("test", "loss", 0.5)
+def test_no_sign_in_a_recipe_breaks_the_table(tmp_path: Path) -> None:
+    write(
+        tmp_path / "a (1) | b#.yaml",
+        description=f"a \\| b\n| c <img src=x> {END}",
+        dataset={"path": "https://host/a b/x(1)|[y]", "splits": {"train": "train"}},
+        model={"checkpoint": "team/a<b"},
+        results=[{**RESULT, "hardware": "a|b"}],
+    )
+    *_, line = results_table(tmp_path).splitlines()
+    assert line == (
+        r"| [a (1) \| b#](a%20%281%29%20%7C%20b%23.yaml) | a \\\| b \| c &lt;img src=x> &lt;!-- end of results --> | team/a&lt;b "
+        r"| [x(1)\|\[y\]](https://host/a%20b/x%281%29%7C%5By%5D) | test accuracy | 0.7000 | a\|b | 1:02:05 | 2026-03-01 |"
+    )
+    (tmp_path / "README.md").write_text(f"{BEGIN}{END}\nmine\n", encoding="utf-8")
+    for _ in range(2):
+        write_table(tmp_path)
+        assert (tmp_path / "README.md").read_text(encoding="utf-8").endswith(f"{line}\n\n{END}\nmine\n")
 
 
-@given(st.lists(st.sampled_from(["2024-12-31", "2025-01-01", "2025-01-02"]), min_size=1, max_size=5))
-def test_the_newest_result_is_the_last_of_the_latest_day(days: list[str]) -> None:
-    results = recipe_of(*({**RESULT, "date": day, "step": i} for i, day in enumerate(days))).results
-    found = newest(results)
-    assert found is not None
-    assert found.date == max(days)
-    assert found.step == max(i for i, day in enumerate(days) if day == max(days))
+@pytest.mark.parametrize("secret", ["https://ann:geheim1234@host/x.csv", "https://host/x.csv?token=geheim1234"])
+def test_no_secret_of_a_recipe_gets_into_the_table(tmp_path: Path, secret: str) -> None:
+    write(tmp_path / "a.yaml", dataset={"path": secret, "splits": {"train": "train"}})
+    row = cells(results_table(tmp_path))["[a](a.yaml)"]
+    assert "mistakes" in row["description"]
+    assert "geheim" not in results_table(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("named", "shown"),
-    [
-        ({"path": "nyu-mll/glue", "name": "sst2"}, "nyu-mll/glue (sst2)"),
-        ({"path": "https://host/a/data/", "data_files": "x.csv"}, "https://host/a/data/"),
-        ({"path": "team/data", "data_files": "a.csv"}, "team/data"),
-        ({"data_files": {"train": "data/a/x.csv", "test": ["data/a/y.csv"]}}, "data/a"),
-        ({"data_files": ["a.csv", "b/c.csv"]}, "a.csv, b/c.csv"),
-        ({"data_files": ["a.csv", "b.csv"]}, "a.csv, b.csv"),
-        ({"data_files": "data/a.csv"}, "data/a.csv"),
-        ({"data_files": ["/data/a.csv", "b.csv"]}, "/data/a.csv, b.csv"),
-    ],
-)
-def test_the_dataset_in_a_word(named: dict[str, Any], shown: str) -> None:
-    assert dataset_named(DatasetSection.model_validate({**named, "splits": {"train": "train"}})) == shown
+def test_a_readme_that_is_a_link_stays_one(library: Path, tmp_path: Path) -> None:
+    real = tmp_path / "docs" / "index.md"
+    real.parent.mkdir()
+    real.write_text(f"{BEGIN}{END}", encoding="utf-8")
+    (library / "README.md").symlink_to(Path("..") / "docs" / "index.md")
+    write_table(library)
+    assert (library / "README.md").is_symlink()
+    assert results_table(library) in real.read_text(encoding="utf-8")
 
 
 @given(before=st.text(max_size=30), inside=st.text(max_size=30), after=st.text(max_size=30))

@@ -212,6 +212,37 @@ def test_status_of_a_broken_file_is_empty(folder: RunFolder) -> None:
     assert folder.status() == {}
 
 
+def test_facts_and_scores(folder: RunFolder) -> None:
+    assert (folder.facts(), folder.scores()) == ({}, {})  # of a run that has not come so far
+    write_json(folder.run, {"started_at": "2026-01-31", "recipe": None, "hardware": {"num_processes": 1}})
+    write_json(folder.results, {"train": {"steps": 3}, "test": {"f1": 0.5}})
+    assert folder.facts() == {"started_at": "2026-01-31", "recipe": None, "hardware": {"num_processes": 1}}
+    assert folder.scores() == {"train": {"steps": 3}, "test": {"f1": 0.5}}
+
+
+@pytest.mark.parametrize("text", [b"", b"{half", b"\xff", b"[]", b"null", b"3", b"[" * 100_000])
+def test_files_that_no_run_leaves(folder: RunFolder, text: bytes) -> None:
+    folder.path.mkdir()
+    for path, read in ((folder.run, folder.facts), (folder.results, folder.scores)):
+        path.write_bytes(text)
+        with pytest.raises(RunFolderError, match=rf"{path}: it .*; name another run, or train again"):
+            read()
+
+
+def test_files_with_other_entries_than_a_run_leaves(folder: RunFolder) -> None:
+    for name in ("hardware", "versions", "recipe"):
+        write_json(folder.run, {name: "x"})
+        with pytest.raises(RunFolderError, match=r"run\.json: it is not what a run leaves"):
+            folder.facts()
+    write_json(folder.results, {"train": {}, "test": 3})
+    with pytest.raises(RunFolderError, match=r"results\.json: it is not what a run leaves"):
+        folder.scores()
+    folder.results.unlink()
+    folder.results.mkdir()
+    with pytest.raises(RunFolderError, match=r"results\.json: it cannot be read \(Is a directory\)"):
+        folder.scores()
+
+
 ENDS: dict[str, tuple[BaseException | None, dict[str, Any]]] = {
     "done": (None, {"state": "done", "exit_code": 0, "reason": None}),
     "mistake": (UserError("bad"), {"state": "failed", "exit_code": 2, "reason": "bad"}),
@@ -335,3 +366,23 @@ def test_the_best_of_before_lies_beside_the_best(folder: RunFolder) -> None:
     assert folder.best_before == folder.path / ".best-before"
     folder.best_before.mkdir(parents=True)
     assert not folder.holds_a_run
+
+
+def test_a_folder_of_recipes_is_no_output_folder(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("model: {}")
+    with (
+        pytest.raises(RunFolderError, match="recipes or configs stand there"),
+        opened(RunFolder(tmp_path), resume=False),
+    ):
+        pass
+    (tmp_path / "mine.yaml").rename(tmp_path / "mine.txt")
+    with opened(RunFolder(tmp_path), resume=False):
+        pass
+
+
+def test_a_run_that_nobody_holds_any_more_was_killed(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.append_metrics({"step": 1})
+    folder.set_status("running", 1)
+    with pytest.raises(RunFolderError, match=r"a run lies there already \(killed\)"), opened(folder, resume=False):
+        pass

@@ -55,10 +55,11 @@ def check(arguments: argparse.Namespace) -> int:
     if not recipes:
         raise UserError("check: name a recipe")
     found = check_all(recipes, overrides, arguments.config_file)
+    blamed = {mistake.source for mistakes in found.values() for mistake in mistakes}
     for name, mistakes in found.items():
         for mistake in mistakes:
             say(mistake, "red", stderr=True)
-        if not mistakes and (name in recipes or not any(found.values())):  # a config may not go with a recipe
+        if not mistakes and name not in blamed:  # a config that does not go with a recipe stands with that
             data = " in the recipe" if arguments.data else "; its data were not read (--data reads them)"
             say(f"{name}: no mistakes{data if name in recipes else ''}", "green")
     if any(found.values()):

@@ -72,9 +72,9 @@ def copy_recipe(source: str, target: str | Path, overrides: Sequence[str] = ()) 
     changes |= {("derived_from",): origin, ("results",): ABSENT}
     text = edit(text, changes)
     text = edit(text, _moved_paths(text, wanted, new.parent))
-    text = _with_header(text, name, new)
     try:
         new.parent.mkdir(parents=True, exist_ok=True)  # or ../data could not be followed
+        text = _with_header(text, name, new)
         assert parse_recipe(text, str(new), base=new.parent) == _without(wanted, outdated, origin)
         with created(new) as writing:
             writing.write_bytes(text.encode())

@@ -5,11 +5,12 @@ A locked recipe trains on these or not at all (`model_files`, `data`).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from accel_trainer.draft import ABSENT, Keys, dotted
+from accel_trainer.draft import ABSENT, Keys, dotted, look_up
 from accel_trainer.errors import UserError
 from accel_trainer.inputs import read_inputs
 from accel_trainer.library import find_recipe
@@ -17,8 +18,9 @@ from accel_trainer.model_files import WEIGHTS
 from accel_trainer.recipe import Recipe
 from accel_trainer.recipe_edit import changing, edit
 from accel_trainer.recipe_file import load_recipe, parse_recipe, read_overrides
-from accel_trainer.tracking import logger
+from accel_trainer.tracking import logger, quieten_libraries
 
+COMMIT = re.compile(r"[0-9a-f]{40}")
 REVISIONS = [("model", "revision"), ("model", "tokenizer_revision"), ("dataset", "revision")]
 LOCKS = [*REVISIONS, ("model", "sha256"), ("dataset", "sha256")]
 
@@ -39,20 +41,39 @@ def lock_recipe(recipe: str, overrides: Sequence[str] = (), *, trust_remote_code
     Raises:
         UserError: something cannot be read, or the file cannot be written.
     """
+    quieten_libraries()
     _, path = find_recipe(recipe)
-    for keys in read_overrides(overrides):
+    given = read_overrides(overrides)
+    for keys in given:
         if keys not in REVISIONS:
             raise UserError(
                 f"lock: {dotted(keys)} would change the recipe; give revisions only ({', '.join(map(dotted, REVISIONS))}), or "
                 "make a recipe with other values first: accel-trainer copy FROM TO section.key=value"
             )
     with changing(path) as change:  # before anything is read: it may take long, and be in vain
-        locked, changes = _locks(load_recipe(path, overrides), trust_remote_code=trust_remote_code)
+        asked = load_recipe(path, overrides)
+        locked, changes = _locks(asked, trust_remote_code=trust_remote_code)
+        for keys in given:
+            if not COMMIT.fullmatch(str(changes[keys])):
+                raise UserError(
+                    f"lock: {dotted(keys)}: what is read has no revisions, being no repository; leave it out"
+                )
         change.text = edit(change.text, changes)
         assert parse_recipe(change.text, str(path), base=path.parent) == locked
+    before = asked.model_dump()
     for keys, value in changes.items():
         if value is not ABSENT:
             logger.info("%s: %s", dotted(keys), value if isinstance(value, str) else f"SHA-256 of {', '.join(value)}")
+        held = look_up(before, keys)
+        if isinstance(held, dict) and held != value:
+            logger.warning(
+                "%s: it was locked to other bytes before (%s)%s",
+                dotted(keys),
+                ", ".join(
+                    sorted(name for name, sha256 in held.items() if value is ABSENT or value.get(name) != sha256)
+                ),
+                "; the recorded results are of those" if asked.results else "",
+            )
     return path
 
 

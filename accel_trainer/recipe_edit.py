@@ -16,6 +16,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from accel_trainer.draft import ABSENT, Draft, Keys, dotted
 from accel_trainer.errors import RecipeError, UserError
+from accel_trainer.library import is_file, shipped
 from accel_trainer.recipe_fields import sections
 from accel_trainer.recipe_file import read_draft
 from accel_trainer.respelling import respell
@@ -137,6 +138,13 @@ def refuse_kept(path: Path) -> None:
     for folder, keeper in ((Path(__file__).parent, "the installed package"), (Path(HF_HUB_CACHE), "the Hub's cache")):
         if real.is_relative_to(folder.resolve()) or path.absolute().is_relative_to(folder):
             raise UserError(f"{path}: it belongs to {keeper}, which is not to be changed; {REMEDY}")
+    library = shipped("recipes").resolve()
+    if real.is_relative_to(library) and not Path.cwd().resolve().is_relative_to(library.parent):
+        raise UserError(f"{path}: it ships with accel_trainer, in a checkout that is not this folder; {REMEDY}")
+    if is_file(real.parent / "run.json"):
+        raise UserError(
+            f"{path}: it is what a run did, which is not to be changed; name the recipe, or copy this one first"
+        )
 
 
 def write_recipe(path: Path, text: str) -> None:

@@ -267,7 +267,9 @@ def test_a_row_without_text_is_named(tmp_path, rows, blank):
 
 def test_a_null_text_and_a_text_that_is_none_are_named(tmp_path):
     file = tmp_path / "reviews.parquet"
-    pq.write_table(pa.table({"text": ["a", None, "c"], "label": [0, 1, 0], "other": ["x", "", "y"], "n": [1, 2, 3]}), file)
+    pq.write_table(
+        pa.table({"text": ["a", None, "c"], "label": [0, 1, 0], "other": ["x", "", "y"], "n": [1, 2, 3]}), file
+    )
     assert f"{file}, row 2: column 'text' holds no text" in refused(file)
     assert f"{file}, row 2: column 'other' holds no text" in refused(file, text_column="other")
     message = refused(file, text_column="n")

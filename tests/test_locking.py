@@ -133,7 +133,9 @@ def test_only_revisions_can_be_given(recipe: Path) -> None:
     with pytest.raises(UserError, match=r"lock: training\.seed would change the recipe"):
         lock_recipe(str(recipe), ["model.revision=main", "training.seed=3"])
     assert recipe.read_bytes() == before
-    assert load_recipe(lock_recipe(str(recipe), ["model.revision=main"])).model.revision == "main"
+    with pytest.raises(UserError, match=r"lock: model\.revision: what is read has no revisions"):
+        lock_recipe(str(recipe), ["model.revision=main"])
+    assert recipe.read_bytes() == before
 
 
 def test_weights_that_lie_elsewhere_cannot_be_locked(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,3 +144,28 @@ def test_weights_that_lie_elsewhere_cannot_be_locked(recipe: Path, monkeypatch: 
     with pytest.raises(UserError, match=r"the weights of .*checkpoint' lie in no file"):
         lock_recipe(str(recipe))
     assert recipe.read_bytes() == before
+
+
+def test_locking_to_other_bytes_is_told(recipe: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lock_recipe(str(recipe))
+    write_checkpoint(recipe.parent / "checkpoint", seed=1)
+    with caplog.at_level("WARNING", "accel_trainer"):
+        lock_recipe(str(recipe))
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "model.sha256: it was locked to other bytes before (model.safetensors)"
+    ]
+
+
+def test_the_record_of_a_run_and_what_ships_elsewhere_are_not_changed(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.json").write_text("{}")
+    kept = recipe.rename(run / "recipe.yaml")
+    with pytest.raises(UserError, match="it is what a run did"):
+        lock_recipe(str(kept))
+    monkeypatch.setenv("ACCEL_TRAINER_RECIPES", "")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="it ships with accel_trainer, in a checkout that is not this folder; copy it"):
+        lock_recipe("quickstart")

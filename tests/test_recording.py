@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from accel_trainer import recipe_edit, recording
 from accel_trainer.errors import UserError
 from accel_trainer.recipe import Recipe, Result
+from accel_trainer.recipe_edit import alone_with
 from accel_trainer.recipe_file import load_recipe
 from accel_trainer.recording import hardware_named, merged, record, unlike
 from accel_trainer.results import rounded
@@ -206,6 +207,20 @@ def test_several_at_once_lose_nothing(place: Path) -> None:
     readme = (place / "library" / "README.md").read_text(encoding="utf-8")
     assert readme == f"# Ours\n{BEGIN}\n\n{results_table(place / 'library')}\n{END}\nend\n"
     assert [path.name for path in (place / "library").iterdir() if path.name.startswith(".")] == []
+
+
+def test_the_table_is_written_by_one_command_at_a_time(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe_edit, "PATIENCE", 0.0)
+
+    def write_table(library: Path) -> None:
+        with pytest.raises(UserError, match="another command is changing it"), alone_with(library / "README.md"):
+            pass
+        written.append(library)
+
+    written: list[Path] = []
+    monkeypatch.setattr(recording, "write_table", write_table)
+    record(place / "run")
+    assert written == [place / "library"]
 
 
 @pytest.mark.parametrize("tolerance", [-0.1, math.nan, math.inf])

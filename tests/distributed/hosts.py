@@ -130,7 +130,10 @@ class Host:
     def ended(self, run: str) -> Outcome:
         """How its last launch ended, and what it left in the folder `run` of its own."""
         process, _ = self._launched[-1]
-        code = process.wait(PATIENCE)
+        try:
+            code = process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"{self.address} does not end:\n{self.said}")
         return Outcome(code, self.place / run, self.said, self.said)
 
 

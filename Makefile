@@ -1,6 +1,7 @@
 # Everything a person or a machine types here is one of these.
 #   make quickstart   install, train on the reviews that come with the project, evaluate, predict
 #   make test         install what development needs, run the whole test suite
+#   make hosts        one process against two machines and elastic ones, the largest differences shown; Linux, as root
 #   make soak         do it an hour of damage
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := .venv/bin
 RUN := runs/quickstart
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test soak lint format schema tables reviews clean
+.PHONY: quickstart test hosts soak lint format schema tables reviews clean
 
 quickstart: .venv/.installed
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml -m accel_trainer.train recipes/quickstart.yaml \
@@ -21,6 +22,10 @@ quickstart: .venv/.installed
 
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q
+
+# Network namespaces are the machines.
+hosts: .venv/.installed-dev
+	$(BIN)/python -m pytest -q -rPs tests/distributed/test_two_hosts.py tests/distributed/test_elastic.py
 
 # An hour of damage: launches killed and resumed, processes that die at every file operation, recipes and tables fuzzed.
 soak: .venv/.installed-dev

@@ -158,22 +158,28 @@ def find_inputs(patterns: Sequence[str], output: Path) -> dict[str, Path]:
         output: the folder of what becomes of them.
 
     Raises:
-        UserError: nothing is found, two files would have one name, or inputs and outputs would lie in one folder.
+        UserError: nothing is found, two files would have one name, or a file lies in the output folder.
     """
     files: dict[Path, None] = {}
+    results = output.resolve()
     for pattern in patterns:
         if "://" in pattern:
             raise UserError(f"--input {pattern}: only files of this machine are labelled by the folder; copy them here")
         literal = Path(pattern).expanduser()
-        found = [literal] if literal.exists() else _matching(literal)
-        listed = [path for path in found if path.is_file()]
         if literal.is_dir():
             raise UserError(
                 f"--input {pattern}: this is a folder; name the files in it, such as '{literal / '*.parquet'}'"
             )
-        if not listed:
+        found = [path for path in ([literal] if literal.exists() else _matching(literal)) if path.is_file()]
+        if not found:
             raise UserError(
                 f"--input {pattern}: there is no such file, seen from {Path.cwd()}; correct the path or pattern"
+            )
+        # What a pattern finds among the results of an earlier launch is no input.
+        listed = [path for path in found if not path.resolve().is_relative_to(results)]
+        if not listed:
+            raise UserError(
+                f"--input {pattern}: {found[0]} lies in --output {output}; name another folder for what is labelled"
             )
         files |= dict.fromkeys(path.absolute() for path in listed)
     named: dict[str, Path] = {}
@@ -189,12 +195,6 @@ def find_inputs(patterns: Sequence[str], output: Path) -> dict[str, Path]:
                 "them into two folders"
             )
         named[name] = path
-        inside, around = output.resolve(), path.resolve().parent
-        if inside.is_relative_to(around) or around.is_relative_to(inside):
-            raise UserError(
-                f"--output {output}: it and {path} lie in one another, so that a pattern could take results for inputs; choose a "
-                "folder beside that of the inputs"
-            )
     # As readers of the output sort the paths in it, so that they find the rows in this order.
     return {name: named[name] for name in sorted(named, key=lambda name: f"{name}/")}
 

@@ -309,6 +309,17 @@ def test_rows_without_text_and_formulas_are_told(model: Path, capsys: pytest.Cap
     assert "out: 1 cell that a spreadsheet would run" in said
 
 
+def test_results_among_the_inputs_are_never_taken_for_them(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "b"):
+        write(Path(f"{name}.parquet"), rows_of(0, 20))
+    line = ["--input", "**/*.parquet", "*.parquet", "--output", "labelled", "--rows_per_file", "10"]
+    for _ in range(2):
+        code, said = run(model, capsys, *line)
+        assert code == 0, said
+        assert len(files("labelled")) == 4
+    assert run(model, capsys, "--input", "labelled/*/*", "--output", "labelled")[0] == 2
+
+
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 MISTAKES: dict[str, tuple[list[str], str]] = {
@@ -317,9 +328,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "an address": (["--input", "s3://b/a.parquet"], "only files of this machine"),
     "no table": (["--input", "in/*", "other/notes.md"], r"notes\.md: its extension does not tell the format"),
     "one name": (["--input", "in/*", "other/a.csv"], r"in/a\.parquet and .*other/a\.csv: both would be labelled into out/a"),
-    "output beside inputs": (["--output", "in"], "--output in: it and .* lie in one another"),
-    "output in inputs": (["--output", "in/out"], "--output in/out: it and .* lie in one another"),
-    "inputs in output": (["--output", "."], "there is something else in it|lie in one another"),
+    "output among inputs": (["--output", "in"], r"--input in/\*: in/a\.parquet lies in --output in; name another"),
+    "inputs in output": (["--input", "in/a.parquet", "--output", "."], r"in/a\.parquet lies in --output \."),
     "a file": (["--output", "other/notes.md"], "other/notes.md: it is a file; name a folder"),
     "the file form": (["--output", "out.csv"], "--output out.csv: this form writes a folder"),
     "something else": (["--output", "other"], r"--output other: there is something else in it, such as a\.csv"),

@@ -1,4 +1,4 @@
-"""A million rows labelled by two processes, one of which is killed twice: is every row there, once, in order?
+"""A million rows labelled by two processes, one of which is killed twice, and the other once: is every row there, once, in order?
 
     PYTHONPATH=tests python benchmarks/bulk_prediction.py --folder /tmp/bulk
 
@@ -176,8 +176,9 @@ def main() -> None:
     print("|---|---:|---:|---:|---:|---:|")
     before: dict[Path, int] = {}
     kills: list[tuple[str, tuple[int, int] | None]] = [
-        ("process 1 killed", (1, total // 4)),
-        ("process 0 killed", (0, total // 2)),
+        ("process 1 killed", (1, total // 5)),
+        ("process 1 killed again", (1, 2 * total // 5)),
+        ("process 0 killed", (0, 3 * total // 5)),
         ("undisturbed", None),
         ("once more", None),
     ]

@@ -75,7 +75,7 @@ def check_equal(two: Outcome, one: Outcome) -> None:
             for run in (two, one)
         ]
         assert [row["text"] for row in rows[0]] == [row["text"] for row in rows[1]]
-        found, expected = [np.array([row["probabilities"] for row in run]) for run in rows]
+        found, expected = [np.array([[*row["probabilities"].values()] for row in run]) for run in rows]
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
         print(f"probabilities of {split}: largest difference {np.max(np.abs(found - expected)):.1e}")
     for key in ("steps", "examples", "tokens", "best_step"):

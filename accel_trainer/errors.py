@@ -68,6 +68,7 @@ class UserError(AccelTrainerError):
     """A mistake the user can mend; the message names place, value and remedy."""
 
     exit_code = EXIT_USER_MISTAKE
+    is_told = False  # to the user already
 
 
 @dataclass(frozen=True)

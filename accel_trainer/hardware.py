@@ -29,8 +29,9 @@ from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 from accel_trainer import COLLECTION_THRESHOLD
 from accel_trainer.accelerate_keys import REFUSED
 from accel_trainer.batching import token_budget
-from accel_trainer.errors import HardwareError, OutOfMemory, ProcessLost, UserError
+from accel_trainer.errors import AccelTrainerError, HardwareError, OutOfMemory, ProcessLost, UserError
 from accel_trainer.redaction import without_secrets
+from accel_trainer.terminal import complain
 
 PACKAGES = ("accel_trainer", "torch", "transformers", "accelerate", "datasets", "tokenizers", "evaluate", "numpy")
 # How errors without a type of their own say that the memory is full: CUDA, ROCm and MPS; CPU; cuBLAS and cuDNN; XLA.
@@ -350,6 +351,7 @@ def told_to_other_machines(timeout: int) -> Iterator[None]:
     """If a user's mistake shows in the block, before the processes have met, raise it on all machines.
 
     Each reads files of its own, and those that find no mistake would wait for this one. On one machine all find it.
+    The first process says at once what it found: the others may come late, or never.
 
     Args:
         timeout: seconds that processes wait for each other.
@@ -359,11 +361,16 @@ def told_to_other_machines(timeout: int) -> Iterator[None]:
     """
     try:
         yield
-    except UserError:
+    except UserError as mistake:
         everywhere, here = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
         if int(everywhere) > int(here):
-            with suppress(HardwareError), together(start_accelerator(timeout=timeout)):
-                raise
+            if os.environ.get("RANK") == "0":
+                complain(mistake)
+                mistake.is_told = True
+            with suppress(AccelTrainerError):
+                accelerator = start_accelerator(timeout=timeout)
+                with lost_processes_named(accelerator), together(accelerator):
+                    raise
         raise
 
 

@@ -22,6 +22,9 @@ from accel_trainer.batching import smaller_budget
 from accel_trainer.classifier import Classifier
 from accel_trainer.differences import differences, flat, in_groups
 from accel_trainer.errors import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_USER_MISTAKE,
     AccelTrainerError,
     Interrupted,
     OutOfMemory,
@@ -243,7 +246,7 @@ def write_run_json(run: Run, origin: Origin | None = None) -> None:
         facts["num_processes"],
         "" if facts["num_processes"] == 1 else "es",
         facts["device"],
-        "float32" if facts["mixed_precision"] == "no" else facts["mixed_precision"],
+        hardware.precision_named(facts["mixed_precision"]),
         "packed without padding" if run.packed else "padded",
     )
 
@@ -331,6 +334,7 @@ def save(run: Run) -> None:
     }
     with hardware.together(run.accelerator):  # a full disk ends all of them, with the message
         if run.is_main:
+            run.folder.check_held()
             checkpoint.save_checkpoint(run.folder.checkpoints, run.state.step, weights, tensors, trainer_state)
             run.folder.forget_token_budget()
             shutil.rmtree(run.folder.best_before, ignore_errors=True)
@@ -547,7 +551,7 @@ def heard_by_main(accelerator: Accelerator, folder: RunFolder) -> Iterator[None]
     """Let the main process know why another one ends first, which can say so in no file that they share.
 
     Raises:
-        Interrupted, TrainingFailed: on the main process, in the place of `ProcessLost`, where the other one told.
+        UserError, Interrupted, TrainingFailed: on the main process, in the place of `ProcessLost`, where the other one told.
     """
     try:
         yield
@@ -559,16 +563,19 @@ def heard_by_main(accelerator: Accelerator, folder: RunFolder) -> Iterator[None]
                 if told["max_tokens"] is not None:
                     with suppress(RunFolderError):  # a full disk is not what ends the run
                         folder.set_token_budget(told["max_tokens"])
-                raise (Interrupted if told["interrupted"] else TrainingFailed)(told["reason"]) from error
+                ended: type[AccelTrainerError] = {EXIT_INTERRUPTED: Interrupted, EXIT_USER_MISTAKE: UserError}.get(
+                    told["exit_code"], TrainingFailed
+                )
+                raise ended(told["reason"]) from error
             time.sleep(0.05)
         raise
     except BaseException as error:
         if not accelerator.is_main_process:
-            reason = str(error) if isinstance(error, AccelTrainerError) else f"{type(error).__name__}: {error}"
+            own = error if isinstance(error, AccelTrainerError) else None
             hardware.leave_word(
                 {
-                    "interrupted": isinstance(error, Interrupted),
-                    "reason": without_secrets(reason),
+                    "exit_code": own.exit_code if own else EXIT_FAILED,
+                    "reason": without_secrets(str(own) if own else f"{type(error).__name__}: {error}"),
                     "max_tokens": getattr(error, "max_tokens", None),
                 }
             )

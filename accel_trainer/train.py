@@ -124,7 +124,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 origin = origin_of(arguments.recipe, arguments.overrides)
             train_recipe(origin, **options)
     except AccelTrainerError as error:
-        if is_first or isinstance(error, OutOfMemory | ProcessLost):  # which not every process knows of
+        is_told = isinstance(error, UserError) and error.is_told
+        if (is_first and not is_told) or isinstance(
+            error, OutOfMemory | ProcessLost
+        ):  # which not every process knows of
             complain(error)
         return error.exit_code
     except Exception:

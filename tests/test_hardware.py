@@ -12,17 +12,28 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from harness import OneOfMany, alone_on_the_cpu
 from torch.distributed import HashStore, Store
 
 from accel_trainer import hardware
 from accel_trainer.accelerate_keys import REFUSED
-from accel_trainer.errors import DataError, HardwareError, ProcessLost, UserError
+from accel_trainer.errors import (
+    AccelTrainerError,
+    DataError,
+    HardwareError,
+    Interrupted,
+    ProcessLost,
+    TrainingFailed,
+    UserError,
+)
+from accel_trainer.run import heard_by_main
+from accel_trainer.run_folder import RunFolder
 
 
 @pytest.fixture(autouse=True)
@@ -124,6 +135,24 @@ def test_the_first_word_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     hardware.leave_word({"reason": "out of memory"})
     hardware.leave_word({"reason": "ended by the launcher"})
     assert hardware.word_left() == {"reason": "out of memory"}
+
+
+ENDS = [UserError("no such file"), Interrupted("by a signal"), TrainingFailed("no number"), ValueError("odd")]
+
+
+@pytest.mark.parametrize("error", ENDS, ids=lambda error: type(error).__name__)
+def test_the_main_process_ends_as_the_one_that_it_lost(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception
+) -> None:
+    monkeypatch.setattr(hardware, "_STORES", [HashStore()])
+    folder = RunFolder(tmp_path)
+    main, other = (cast(Accelerator, SimpleNamespace(is_main_process=is_main)) for is_main in (True, False))
+    with pytest.raises(type(error)), heard_by_main(other, folder):
+        raise error
+    expected = type(error) if isinstance(error, AccelTrainerError) else TrainingFailed
+    with pytest.raises(expected, match=str(error)) as caught, heard_by_main(main, folder):
+        raise ProcessLost("another one")
+    assert type(caught.value) is expected
 
 
 def rooms(store: Store, world_size: int) -> list[str]:
@@ -321,28 +350,43 @@ def test_a_mistake_on_one_process_is_raised_on_all(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(("everywhere", "here", "met"), [("1", None, 0), ("2", "2", 0), ("2", "1", 1), ("4", "2", 1)])
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("lost", [False, True])
 def test_a_mistake_before_the_processes_meet_is_told_to_other_machines(
-    monkeypatch: pytest.MonkeyPatch, everywhere: str, here: str | None, met: int
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    everywhere: str,
+    here: str | None,
+    met: int,
+    rank: str,
+    lost: bool,
 ) -> None:
     times: list[int] = []
     told: list[Any] = []
+    said_before: list[str] = []
 
     def start(*, timeout: int) -> Any:
+        said_before.append(capsys.readouterr().err)  # nobody waits for the others to read it
         times.append(timeout)
-        return SimpleNamespace(num_processes=2)
+        return SimpleNamespace(num_processes=2, process_index=int(rank))
 
     def gather(own: Any) -> Any:
         told.extend(own)
+        if lost:
+            raise RuntimeError("[/gloo/pair.cc:1] Connection closed by peer")
         return [*own, None]
 
     monkeypatch.setenv("WORLD_SIZE", everywhere)
+    monkeypatch.setenv("RANK", rank)
     if here is not None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
     monkeypatch.setattr(hardware, "start_accelerator", start)
     monkeypatch.setattr(hardware, "gather_object", gather)
-    with pytest.raises(DataError, match="no such file"), hardware.told_to_other_machines(7):
+    with pytest.raises(DataError, match="no such file") as caught, hardware.told_to_other_machines(7):
         raise DataError("no such file")
     assert (times, told) == ([7] * met, ["no such file"] * met)
+    assert said_before == ["error: no such file\n" if rank == "0" else ""] * met
+    assert caught.value.is_told == (met == 1 and rank == "0")
     with hardware.told_to_other_machines(7):
         pass
     assert len(times) == met

@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +195,50 @@ def test_a_resumed_run_waits_for_one_that_is_ending(folder: RunFolder) -> None:
     with opened(folder, resume=True):
         assert leaving.is_set()
     first.join()
+
+
+@pytest.mark.parametrize("variable", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+@pytest.mark.parametrize("count", ["0", "1", None])
+def test_one_that_is_started_again_waits_for_a_machine_that_died(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, variable: str, count: str | None
+) -> None:
+    waited: list[float] = []
+
+    @contextmanager
+    def locked(patience: float) -> Iterator[None]:
+        waited.append(patience)
+        folder.path.mkdir(exist_ok=True)
+        yield
+
+    if count is not None:
+        monkeypatch.setenv(variable, count)
+    monkeypatch.setattr(folder, "locked", locked)
+    open_and_close(folder, resume=True)
+    open_and_close(folder, resume=False)
+    assert waited == [120.0 if count == "1" else 10.0, 0.0]
+
+
+def test_a_launch_that_stood_still_touches_nothing_of_the_one_that_took_over(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the file server takes the lock from a machine that is paused, which then goes on."""
+    monkeypatch.setattr(RunFolder, "locked", lambda *arguments: nullcontext())
+    folder.path.mkdir()
+    later = RunFolder(folder.path)
+    with opened(folder, resume=True):
+        folder.set_status("running", 4)
+        with opened(later, resume=True):
+            later.set_status("running", 500)
+            later.append_metrics({"step": 500})
+            for touch in (folder.check_held, lambda: folder.append_metrics({"step": 5})):
+                with pytest.raises(TrainingFailed, match="another launch has taken the run over"):
+                    touch()
+            folder.set_status("failed", 4, 1, "woke up, and the others are gone")
+        assert later.status()["step"] == 500
+        folder.set_status("failed", 4, 1, "even after that one's end")
+    assert later.status()["step"] == 500
+    assert [json.loads(line) for line in folder.metrics.read_text().splitlines()] == [{"step": 500}]
+    assert not list(folder.path.glob(".launch"))
 
 
 def test_what_killed_processes_left_is_swept(folder: RunFolder) -> None:

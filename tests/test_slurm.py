@@ -13,9 +13,11 @@ import pytest
 import yaml
 from harness import ROOT, Outcome, user_environment, write_recipe_in
 
+PATHS = os.pathsep.join(map(str, (ROOT / "tests" / "faults", ROOT)))
 SCRIPT = ROOT / "examples" / "slurm" / "train.sbatch"
 # What Slurm does with `srun`: the command once for each task, all at once, and the greatest exit code. The signal that comes
-# before a job's time is up reaches every task, here as soon as metrics.jsonl has as many lines as $SIGNAL_AT says.
+# before a job's time is up reaches every task, here as soon as metrics.jsonl has as many lines as $SIGNAL_AT says; then the
+# trainer is one that takes its time, so that the signal finds it at work.
 SRUN = """\
 import os, signal, subprocess, sys, time
 from pathlib import Path
@@ -24,6 +26,8 @@ while command[0].startswith("--"):
     command.pop(0)
 folder = Path(command[command.index("--output_dir") + 1])
 places = [{**os.environ, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(int(os.environ["SLURM_NTASKS"]))]
+if "SIGNAL_AT" in os.environ:
+    command = [word.replace("accel_trainer.train", "slow_train") for word in command]
 tasks = [subprocess.Popen(command, env=place) for place in places]
 if "SIGNAL_AT" in os.environ:
     metrics = folder / "metrics.jsonl"
@@ -83,6 +87,7 @@ class Slurm:
         environment |= {
             "SLURM_JOB_ID": str(os.getpid() + 100_000),
             "SLURM_JOB_NODELIST": "nodes[1-2]",
+            "SLURM_JOB_NUM_NODES": "1",
             "SLURM_NTASKS": str(self.tasks),
             "SLURM_NTASKS_PER_NODE": str(self.tasks),
             "SLURM_CPUS_PER_TASK": "1",
@@ -127,7 +132,7 @@ def test_interrupted_sent_back_and_done(slurm: Slurm, tasks: int) -> None:
     slurm.put("srun", SRUN)
     recipe = write_recipe_in(slurm.folder, training={"num_train_epochs": 4}, evaluation={"eval_strategy": "no"})
 
-    first = slurm.run(str(recipe), "run", "training.seed=7", SIGNAL_AT="3")
+    first = slurm.run(str(recipe), "run", "training.seed=7", SIGNAL_AT="3", SLOW="steps", PYTHONPATH=PATHS)
     assert first.code == 75, first.err
     status = first.json("status.json")
     assert (status["state"], status["exit_code"]) == ("interrupted", 75)
@@ -199,7 +204,15 @@ def test_what_the_tasks_are_told(slurm: Slurm) -> None:
     slurm.put("accelerate", NO_ACCELERATE)
     slurm.tasks = 8
     names = "ACCELERATE_MIXED_PRECISION RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR HF_HUB_OFFLINE OMP_NUM_THREADS"
-    done = slurm.run("recipe.yaml", "run", SHOWN=names, SLURM_NTASKS="16", SLURM_CPUS_PER_TASK="3", HF_HUB_OFFLINE="")
+    done = slurm.run(
+        "recipe.yaml",
+        "run",
+        SHOWN=names,
+        SLURM_JOB_NUM_NODES="2",
+        SLURM_NTASKS="16",
+        SLURM_CPUS_PER_TASK="3",
+        HF_HUB_OFFLINE="",
+    )
     assert done.code == 0, done.err
     assert eval(done.out) == {
         "ACCELERATE_MIXED_PRECISION": "bf16",
@@ -220,3 +233,6 @@ def test_mistakes_are_told_before_anything_is_started(slurm: Slurm) -> None:
     done = slurm.run("recipe.yaml", "run", SRUN_CODE="0", ACCELERATE_CONFIG="none.yaml")
     assert done.code == 2
     assert "none.yaml" in done.err
+    done = slurm.run("recipe.yaml", "run", SRUN_CODE="0", SLURM_NTASKS="3", SLURM_JOB_NUM_NODES="2")
+    assert done.code == 2
+    assert "3 tasks on 2 nodes: say how many" in done.err

@@ -9,14 +9,13 @@ POISON=RANK:STEP: on that process the loss of that step, counted from 1, is no n
 from __future__ import annotations
 
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from accelerate.tracking import TensorBoardTracker
 
-from accel_trainer import checkpoint, train
+from accel_trainer import checkpoint, hardware, train
 from accel_trainer.signals import ignore_stop_signals
 
 SLOW = os.environ.get("SLOW", "")
@@ -79,4 +78,4 @@ elif SLOW == "closing":
 
 if __name__ == "__main__":
     ignore_stop_signals()
-    sys.exit(train.main())
+    hardware.end_process(train.main())

@@ -625,4 +625,4 @@ def test_whoever_watches_is_told_what_happened(launches: list[tuple[Outcome, dic
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    hardware.end_process(main())

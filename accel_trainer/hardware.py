@@ -5,10 +5,12 @@ from __future__ import annotations
 import atexit
 import ctypes
 import gc
+import ipaddress
 import json
 import os
 import platform
 import re
+import socket
 import sys
 import time
 import uuid
@@ -19,6 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
 
+import psutil
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, gather, operations, pad_across_processes
@@ -64,6 +67,7 @@ def start_accelerator(
     if timeout < 1:
         raise UserError(f"--ddp_timeout {timeout}: give seconds, 1 or more")
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    name_the_network()
     gc.freeze()  # what is imported by now stays for ever
     gc.set_threshold(*COLLECTION_THRESHOLD)
     keep_freed_memory()
@@ -84,8 +88,14 @@ def start_accelerator(
         )
     except (ValueError, ImportError) as error:
         raise HardwareError(f"accelerate config: {error}") from error
-    except torch.distributed.DistError as error:
-        raise HardwareError(f"the processes of the launch do not find each other: {error}") from error
+    except RuntimeError as error:  # DistError, or what Gloo raises
+        if not isinstance(error, torch.distributed.DistError) and not any(sign in str(error) for sign in LOST):
+            raise
+        raise HardwareError(
+            f"the processes of the launch do not reach each other: {_first_sentence(error)}. If a machine did not end, start all "
+            "of them again; else see to it that none keeps another out, and name the network between them on each, as `ip address` "
+            "does: export GLOO_SOCKET_IFNAME=eth0 (on GPUs NCCL_SOCKET_IFNAME)"
+        ) from error
     # Accelerate leaves out, without a word, the trackers whose package is not installed.
     missing = sorted(set(report_to) - {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with})
     if missing:
@@ -157,6 +167,27 @@ def agreed_room(store: Store, rank: int, world_size: int) -> str:
             )
         time.sleep(0.01 if awaited else 0)
     return own
+
+
+def name_the_network() -> None:
+    """Have Gloo use the network that leads to the machine where all meet, unless the environment names another.
+
+    By itself it takes the address that the machine's own name resolves to, often one that only this machine reaches.
+    """
+    everywhere, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    meeting = os.environ.get("MASTER_ADDR")
+    if everywhere == here or not meeting or "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    with suppress(OSError):  # it cannot be resolved: the meeting tells
+        family, kind, protocol, _, address = socket.getaddrinfo(meeting, 1, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as route:
+            route.connect(address)  # sends nothing
+            own = route.getsockname()[0]
+        if ipaddress.ip_address(own.partition("%")[0]).is_loopback:
+            return
+        for interface, addresses in psutil.net_if_addrs().items():
+            if any(found.address.partition("%")[0] == own for found in addresses):
+                os.environ["GLOO_SOCKET_IFNAME"] = interface
 
 
 def leave_word(word: dict[str, Any]) -> None:
@@ -260,9 +291,7 @@ def lost_processes_named(accelerator: Accelerator) -> Iterator[None]:
         told = isinstance(error, torch.distributed.DistError) if torch.distributed.is_available() else False
         if accelerator.num_processes == 1 or not (told or any(sign in str(error) for sign in LOST)):
             raise
-        # Without the place in the library's source before it, and the advice after it.
-        text = str(error).partition("Last error:")[2] or re.sub(r"^\[[^\]]*\]\s*", "", str(error))
-        reason = text.strip().partition("\n")[0].partition(". ")[0].strip().rstrip(".")
+        reason = _first_sentence(error)
         if "invalid usage" in str(error):
             raise HardwareError(
                 f"the processes cannot talk to each other: {reason}; check the accelerate config"
@@ -271,6 +300,12 @@ def lost_processes_named(accelerator: Accelerator) -> Iterator[None]:
             f"process {accelerator.process_index} of {accelerator.num_processes} lost another one, which died or answers no "
             f"more ({reason}). The last checkpoint is kept: run the same line again with --resume"
         ) from error
+
+
+def _first_sentence(error: RuntimeError) -> str:
+    """What a collective says, without the place in the library's source before it, and the advice after it."""
+    text = str(error).partition("Last error:")[2] or re.sub(r"^\[[^\]]*\]\s*", "", str(error))
+    return text.strip().partition("\n")[0].partition(". ")[0].strip().rstrip(".")
 
 
 def leave_process_group(accelerator: Accelerator) -> None:
@@ -327,7 +362,7 @@ def together(accelerator: Accelerator) -> Iterator[None]:
     So it is with a file that cannot be had.
 
     Raises:
-        UserError: this process's own, or else the message of the lowest rank that has one.
+        UserError: this process's own, or else the message of the lowest rank that has one, and its rank.
     """
     mistake = None
     try:
@@ -339,9 +374,9 @@ def together(accelerator: Accelerator) -> Iterator[None]:
         mistake.__cause__ = error
     if accelerator.num_processes > 1:
         messages = gather_object([None if mistake is None else str(mistake)])
-        others = [message for message in messages if message is not None]
+        others = [f"process {i}: {message}" for i, message in enumerate(messages) if message is not None]
         if mistake is None and others:
-            mistake = UserError(others[0])
+            mistake = UserError(others[0])  # whose it is: here the user finds nothing wrong
     if mistake is not None:
         raise mistake
 

@@ -43,7 +43,7 @@ from accel_trainer.errors import (
 from accel_trainer.evaluation import Logits, predict_logits
 from accel_trainer.feed import LoadedMicroBatch
 from accel_trainer.hardware import gather_object, lost_processes_named, out_of_memory_named
-from accel_trainer.inputs import Inputs, read_inputs_together
+from accel_trainer.inputs import Inputs, check_same, read_inputs_together
 from accel_trainer.loss import Tally, example_losses
 from accel_trainer.optim import clip_gradients
 from accel_trainer.origin import Origin, origin_of
@@ -104,6 +104,12 @@ class Options:
     def resumes(self) -> bool:
         """Whether the run goes on from a checkpoint, if there is one."""
         return self.resume or self.resume_from_checkpoint is not None
+
+    @property
+    def agreed(self) -> dict[str, Any]:
+        """What all processes must have been told alike."""
+        alike = ("layout", "gradient_checkpointing", "max_tokens_per_device", "stop_after", "dry_run")
+        return {"--resume": self.resumes, **{f"--{name}": getattr(self, name) for name in alike}}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -238,6 +244,7 @@ def prepared_run(
                 around.enter_context(opening)
         with lost_processes_named(accelerator):
             all_share = find_folder(accelerator, folder)
+            check_same(accelerator, options.agreed, "were launched differently", "type the same line on every machine")
         watch = around.enter_context(watched(folder, accelerator.is_main_process))
         if not all_share:
             around.enter_context(heard_by_main(accelerator, folder))

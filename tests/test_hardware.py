@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import socket
 import subprocess
@@ -155,6 +156,43 @@ def test_the_main_process_ends_as_the_one_that_it_lost(
     assert type(caught.value) is expected
 
 
+def test_gloo_is_told_the_network_that_leads_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How it does is shown by two machines; here, where it leaves Gloo alone."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "of the user")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    hardware.name_the_network()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "of the user"
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    for address in ("127.0.0.1", "::1", "nowhere.invalid"):
+        monkeypatch.setenv("MASTER_ADDR", address)
+        hardware.name_the_network()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # all on this machine
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
+    hardware.name_the_network()
+    assert "GLOO_SOCKET_IFNAME" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        (RuntimeError("Gloo connectFullMesh failed with [/pytorch/gloo/pair.cc:152] timed out connecting"), True),
+        (torch.distributed.DistNetworkError("The client socket has timed out"), True),
+        (RuntimeError("something else"), False),
+    ],
+)
+def test_processes_that_do_not_reach_each_other(
+    monkeypatch: pytest.MonkeyPatch, error: RuntimeError, named: bool
+) -> None:
+    def fails(**_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(hardware, "Accelerator", fails)
+    expected = "do not reach each other: .*(timed out).*export GLOO_SOCKET_IFNAME=eth0" if named else "something else"
+    with pytest.raises(HardwareError if named else RuntimeError, match=expected):
+        hardware.start_accelerator()
+
+
 def rooms(store: Store, world_size: int) -> list[str]:
     """What the processes of an attempt agree on."""
     with ThreadPoolExecutor(world_size) as pool:
@@ -230,15 +268,6 @@ def test_a_value_comes_from_the_main_process(value: Any) -> None:
 def test_a_time_out_is_positive(seconds: int) -> None:
     with pytest.raises(UserError, match=rf"--ddp_timeout {seconds}: give seconds, 1 or more"):
         hardware.start_accelerator(timeout=seconds)
-
-
-def test_processes_that_do_not_find_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    def alone(**_: Any) -> None:
-        raise torch.distributed.DistNetworkError("The client socket has timed out")
-
-    monkeypatch.setattr(hardware, "Accelerator", alone)
-    with pytest.raises(HardwareError, match="do not find each other: The client socket has timed out"):
-        hardware.start_accelerator()
 
 
 NCCL_SAYS = """NCCL error in: /pytorch/NCCLUtils.cpp:93, invalid usage (run with NCCL_DEBUG=WARN for details), NCCL version 2.28.9
@@ -339,7 +368,7 @@ def others_say(monkeypatch: pytest.MonkeyPatch, *messages: str | None) -> Any:
 
 
 def test_a_mistake_on_one_process_is_raised_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="theirs"), hardware.together(others_say(monkeypatch, None, "theirs")):
+    with pytest.raises(UserError, match="^process 2: theirs$"), hardware.together(others_say(monkeypatch, None, "theirs")):
         pass
     with pytest.raises(DataError, match="mine"), hardware.together(others_say(monkeypatch, "theirs")):
         raise DataError("mine")

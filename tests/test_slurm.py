@@ -232,7 +232,15 @@ def test_mistakes_are_told_before_anything_is_started(slurm: Slurm) -> None:
     assert done.err.startswith("usage: sbatch examples/slurm/train.sbatch RECIPE OUTPUT_DIR")
     done = slurm.run("recipe.yaml", "run", SRUN_CODE="0", ACCELERATE_CONFIG="none.yaml")
     assert done.code == 2
-    assert "none.yaml" in done.err
+    assert "there is no none.yaml in " in done.err
+    broken = slurm.folder / "broken.yaml"
+    broken.write_text("compute_environment: [", encoding="utf-8")
+    done = slurm.run("recipe.yaml", "run", SRUN_CODE="0", ACCELERATE_CONFIG=str(broken))
+    assert done.code == 2
+    assert f"accelerate config {broken} cannot be used" in done.err
+    done = slurm.run("recipe.yaml", "run", SRUN_CODE="0", SLURM_JOB_ID="")
+    assert done.code == 2
+    assert "submit it with sbatch" in done.err
     done = slurm.run("recipe.yaml", "run", SRUN_CODE="0", SLURM_NTASKS="3", SLURM_JOB_NUM_NODES="2")
     assert done.code == 2
     assert "3 tasks on 2 nodes: say how many" in done.err

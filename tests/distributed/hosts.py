@@ -93,9 +93,7 @@ class Host:
             process = subprocess.Popen(
                 ["ip", "netns", "exec", self.name, *command],
                 cwd=self.place,
-                env=user_environment(
-                    self.place, **{"GLOO_SOCKET_IFNAME": INTERFACE, **self.environment, **environment}
-                ),
+                env=user_environment(self.place, **{**self.environment, **environment}),
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

@@ -7,22 +7,29 @@ first, as for training, so that any row of theirs is found without reading those
 from __future__ import annotations
 
 import glob
+import hashlib
+import os
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import accumulate
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from accel_trainer.data_file import DAMAGE
+from accel_trainer.data_file import DAMAGE, NoRows
 from accel_trainer.errors import DataError, UserError
 from accel_trainer.file_names import KNOWN, extensions, is_data_file
-from accel_trainer.tables import Table, read_files
+from accel_trainer.tables import READER, damaged, open_prepared, prepared_folder, read_files
+from accel_trainer.writing import replaced
 
 BUFFER = 2**20  # bytes of a column that are read at a time
+TEXTS_AT_ONCE = 10_000  # of one column
 
 
 @dataclass(frozen=True)
@@ -118,24 +125,51 @@ def _parquet_rows(source: Input, start: int, stop: int, at_once: int) -> Iterato
             row += len(batch)
             if first < last:
                 batch.validate(full=True)  # damaged bytes would otherwise show as a crash, or as text that is no UTF-8
-                yield (
-                    pa.Table.from_batches([batch.slice(first, last - first)])
-                    .select(source.schema.names)
-                    .cast(source.schema)
-                )
+                yield _as_planned(source, pa.Table.from_batches([batch.slice(first, last - first)]))
             if row >= stop:
                 return
 
 
+def _as_planned(source: Input, rows: pa.Table) -> pa.Table:
+    try:
+        return rows.select(source.schema.names).cast(source.schema)
+    except (pa.ArrowException, KeyError) as error:
+        raise DataError(
+            f"{source.path}: its values do not fit into the types that all files have in common ({error}); give the columns of "
+            "all files the same types"
+        ) from error
+
+
 @lru_cache(maxsize=4)  # parts follow each other; a file that is open counts against the system's limit
-def _prepared(path: Path, _size: int, _mtime_ns: int) -> Table:
-    return read_files([path])
+def _prepared_data(path: Path, size: int, mtime_ns: int) -> datasets.Dataset:
+    return open_prepared(_prepared(path, size, mtime_ns), str(path))
+
+
+@cache
+def _prepared(path: Path, size: int, mtime_ns: int) -> Path:
+    """The Arrow file of a file's rows.
+
+    It is found by the hash of all bytes once; a note beside it, by what the system says of the file, spares that the other
+    processes of the machine, and the next launch. Nobody can set the time of the last change of anything, `st_ctime`.
+    """
+    seen = f"{path}\0{size}\0{mtime_ns}\0{path.stat().st_ctime_ns}\0{READER}"
+    note = prepared_folder() / f"{hashlib.sha256(seen.encode()).hexdigest()}.prepared"
+    with suppress(OSError, ValueError):
+        noted = note.with_name(note.read_text(encoding="utf-8"))
+        if noted.is_file():
+            return noted
+    found = Path(read_files([path]).data.cache_files[0]["filename"])
+    with suppress(OSError), replaced(note) as writing:
+        writing.write_text(found.name, encoding="utf-8")
+    return found
 
 
 def _prepared_rows(source: Input, start: int, stop: int, at_once: int) -> Iterator[pa.Table]:
-    rows = _prepared(source.path, source.size, source.mtime_ns).data.with_format("arrow")
+    if start == stop:
+        return  # there may be nothing that could be prepared
+    rows = _prepared_data(source.path, source.size, source.mtime_ns).with_format("arrow")
     for first in range(start, stop, at_once):
-        yield rows[first : min(first + at_once, stop)].select(source.schema.names).cast(source.schema)
+        yield _as_planned(source, rows[first : min(first + at_once, stop)])
 
 
 def _is_parquet(path: Path) -> bool:
@@ -144,10 +178,9 @@ def _is_parquet(path: Path) -> bool:
 
 def _damaged(path: Path, error: Exception) -> DataError:
     if isinstance(error, OSError) and error.errno is not None:
-        return DataError(f"{path}: it cannot be read ({error.strerror}); give yourself the right to it")
-    return DataError(
-        f"{path}: the file is damaged, cut off, or no Parquet file as its name says ({error}); write it again"
-    )
+        remedy = "give yourself the right to it" if isinstance(error, PermissionError) else "see to it, and to its disk"
+        return DataError(f"{path}: it cannot be read ({error.strerror}); {remedy}")
+    return damaged(path, " ".join(filter(None, extensions(path.name))), error)
 
 
 def find_inputs(patterns: Sequence[str], output: Path) -> dict[str, Path]:
@@ -158,49 +191,98 @@ def find_inputs(patterns: Sequence[str], output: Path) -> dict[str, Path]:
         output: the folder of what becomes of them.
 
     Raises:
-        UserError: nothing is found, two files would have one name, or a file lies in the output folder.
+        UserError: nothing is found, or what is found is no file; two files would have one name, or are one; or all that a
+            pattern finds lies in the output folder.
     """
-    files: dict[Path, None] = {}
-    results = output.resolve()
+    found: dict[Path, Path] = {}  # as given, by where they lie
     for pattern in patterns:
         if "://" in pattern:
             raise UserError(f"--input {pattern}: only files of this machine are labelled by the folder; copy them here")
-        literal = Path(pattern).expanduser()
+        literal = Path(os.path.expanduser(pattern))  # noqa: PTH111 (Path's own raises where there is no home)
         if literal.is_dir():
             raise UserError(
                 f"--input {pattern}: this is a folder; name the files in it, such as '{literal / '*.parquet'}'"
             )
-        found = [path for path in ([literal] if literal.exists() else _matching(literal)) if path.is_file()]
-        if not found:
+        paths = [literal] if literal.exists() or literal.is_symlink() else _matching(literal)
+        paths = [path for path in paths if is_data_file(path.name) or not path.is_dir()]
+        if not paths:
             raise UserError(
                 f"--input {pattern}: there is no such file, seen from {Path.cwd()}; correct the path or pattern"
             )
-        # What a pattern finds among the results of an earlier launch is no input.
-        listed = [path for path in found if not path.resolve().is_relative_to(results)]
+        # What a pattern finds among the results of an earlier launch is no input, nor is a link to one.
+        listed = [path for path in paths if not _lies_in(path, _real(output))]
         if not listed:
             raise UserError(
-                f"--input {pattern}: {found[0]} lies in --output {output}; name another folder for what is labelled"
+                f"--input {pattern}: {paths[0]} lies in --output {output}; name another folder for what is labelled"
             )
-        files |= dict.fromkeys(path.absolute() for path in listed)
+        for path in listed:
+            found.setdefault(_place(path), path.absolute())
+    folders = {place: path for place, path in found.items() if path.is_dir()}
+    files = {place: path for place, path in found.items() if place not in folders}
+    for path in folders.values():  # as Spark writes; a pattern with `**` finds the files in it too
+        if not any(place.is_relative_to(_real(path)) for place in files):
+            raise UserError(f"--input {path}: this is a folder; name the files in it: '{path / f'*{path.suffix}'}'")
+    return _named(list(files.values()), output)
+
+
+def _named(paths: Sequence[Path], output: Path) -> dict[str, Path]:
     named: dict[str, Path] = {}
-    for path in files:
-        if not is_data_file(path.name):
+    one_folder: dict[str, str] = {}  # names, by what a file system that tells few apart makes of them
+    one_file: dict[Path, Path] = {}
+    for path in paths:
+        _check_file(path)
+        name, real = output_name(path), _real(path)
+        other = one_file.setdefault(real, path)
+        if other != path:
             raise UserError(
-                f"--input {path}: its extension does not tell the format; narrow the pattern, or rename it: {KNOWN}"
+                f"--input {other} and {path}: both are links to {real}, or one is, so that its rows would be labelled twice; "
+                "name one of them, or put a copy in its place"
             )
-        name = output_name(path)
-        if name in named:
+        alike = one_folder.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        if alike in named:
+            same = "" if alike == name else f", which on some systems is {output / alike}"
             raise UserError(
-                f"--input {named[name]} and {path}: both would be labelled into {output / name}; rename one of them, or label "
-                "them into two folders"
+                f"--input {named[alike]} and {path}: both would be labelled into {output / name}{same}; rename one of them, or "
+                "label them into two folders"
             )
         named[name] = path
     # As readers of the output sort the paths in it, so that they find the rows in this order.
     return {name: named[name] for name in sorted(named, key=lambda name: f"{name}/")}
 
 
+def _check_file(path: Path) -> None:
+    if not is_data_file(path.name):
+        raise UserError(
+            f"--input {path}: its extension does not tell the format; narrow the pattern, or rename it: {KNOWN}"
+        )
+    if not path.exists():
+        raise UserError(
+            f"--input {path}: this is a link to nothing, {_real(path)}; fetch what it stands for (git annex get, dvc pull, …), "
+            "or delete it"
+        )
+    if not path.is_file():
+        raise UserError(f"--input {path}: this is neither a file nor a folder; narrow the pattern")
+    try:
+        os.fsencode(path).decode()
+    except UnicodeDecodeError:
+        raise UserError(f"--input {path}: its name is not UTF-8; rename it, or the folder above it") from None
+
+
 def _matching(pattern: Path) -> list[Path]:
-    return [Path(path) for path in glob.glob(str(pattern), recursive=True)]  # noqa: PTH207, as Path's takes no absolute ones
+    return [Path(path) for path in sorted(glob.glob(str(pattern), recursive=True))]  # noqa: PTH207, as Path's takes no absolute ones
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # Path's own raises where links lead round
+
+
+def _place(path: Path) -> Path:
+    """Where a path lies, whatever way leads there; a link, not what it leads to."""
+    return _real(path.parent) / path.name
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    return any(place.is_relative_to(folder) for place in (_place(path), _real(path)))
 
 
 def output_name(path: Path) -> str:
@@ -220,15 +302,19 @@ def read_inputs(files: dict[str, Path], text_columns: Callable[[str, Sequence[st
         text_columns: the columns of the texts, by a file's name and its columns; it raises where one is missing.
 
     Raises:
-        DataError: a file cannot be read, a text is missing, or the columns of two files differ.
+        DataError: a file cannot be read, a text is missing, the columns of two files differ, or there are no rows.
     """
     inputs = []
     for name, path in files.items():
         source = _read_input(path, name)
-        for column in text_columns(str(path), source.schema.names):
+        # An empty shard, of which the others tell what columns it would have.
+        for column in text_columns(str(path), source.schema.names) if source.schema.names or source.rows else ():
             _check_texts(source, column)
         inputs.append(source)
-    common = _common_schema(inputs)
+    if not any(source.rows for source in inputs):
+        more = f" and {len(inputs) - 1} more" if len(inputs) > 1 else ""
+        raise DataError(f"{inputs[0].path}{more}: there are no rows to label; name files that have some")
+    common = _common_schema([source for source in inputs if source.schema.names])
     return [Input(s.path, s.name, s.size, s.mtime_ns, common, s.groups) for s in inputs]
 
 
@@ -240,8 +326,10 @@ def _read_input(path: Path, name: str) -> Input:
                 metadata, whole = file.metadata, file.schema_arrow
                 groups = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
         else:
-            table = _prepared(path, status.st_size, status.st_mtime_ns)
-            whole, groups = table.data.features.arrow_schema, (len(table.data),)
+            rows = _prepared_data(path, status.st_size, status.st_mtime_ns)
+            whole, groups = rows.features.arrow_schema, (len(rows),)
+    except NoRows as empty:
+        whole, groups = pa.schema([(column, pa.null()) for column in empty.columns]), (0,)
     except DAMAGE as error:
         raise _damaged(path, error) from error
     names = list(whole.names)
@@ -258,36 +346,44 @@ def _check_texts(source: Input, column: str) -> None:
     Raises:
         DataError: it does not.
     """
+    if not source.rows:
+        return
     kind = source.schema.field(column).type
-    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    if source.rows and not is_text and not pa.types.is_null(kind):
+    if not _is_text(kind) and not pa.types.is_null(kind):
         raise DataError(
             f"{source.path}: column {column!r} holds {kind}, not text; name the column of the text, or save it as text"
         )
-    if not _may_lack_texts(source, column):
-        return
-    row = 0
-    for start, stop in source.parts(100_000):
-        for table in source.tables(start, stop, 100_000):
-            missing = pc.index(pc.is_null(table.column(column)), True).as_py()
-            if missing >= 0:
-                raise DataError(
-                    f"{source.place(row + missing)}: column {column!r} holds no text; complete or remove the row"
-                )
-            row += len(table)
+    try:
+        missing = 0 if pa.types.is_null(kind) else _first_null(source, column)
+    except DAMAGE as error:
+        raise _damaged(source.path, error) from error
+    if missing is not None:
+        raise DataError(f"{source.place(missing)}: column {column!r} holds no text; complete or remove the row")
 
 
-def _may_lack_texts(source: Input, column: str) -> bool:
-    """Whether the file says that it has nulls; where it says nothing they show when it is their turn."""
+def _first_null(source: Input, column: str) -> int | None:
+    """The first row without a value, so far as the file counts them; where it does not they show when it is their turn."""
     if not _is_parquet(source.path):
-        return bool(_prepared(source.path, source.size, source.mtime_ns).data.data.column(column).null_count)
-    metadata = pq.read_metadata(source.path)
-    for group in range(metadata.num_row_groups):
-        chunks = (metadata.row_group(group).column(i) for i in range(metadata.num_columns))
-        statistics = next((chunk.statistics for chunk in chunks if chunk.path_in_schema == column), None)
-        if statistics is not None and statistics.has_null_count and statistics.null_count:
-            return True
-    return False
+        cells = _prepared_data(source.path, source.size, source.mtime_ns).data.column(column)
+        return _null_in(cells) if cells.null_count else None
+    with pq.ParquetFile(source.path, buffer_size=BUFFER) as file:
+        for group in range(file.metadata.num_row_groups):
+            chunks = (file.metadata.row_group(group).column(i) for i in range(file.metadata.num_columns))
+            counts = next((chunk.statistics for chunk in chunks if chunk.path_in_schema == column), None)
+            if counts is None or not counts.has_null_count or not counts.null_count:
+                continue
+            row = sum(source.groups[:group])
+            for batch in file.iter_batches(TEXTS_AT_ONCE, row_groups=[group], columns=[column]):
+                missing = _null_in(batch.column(column))
+                if missing is not None:
+                    return row + missing
+                row += len(batch)
+    return None
+
+
+def _null_in(cells: pa.Array | pa.ChunkedArray) -> int | None:
+    row: int = pc.index(cells.is_null(), True).as_py()
+    return row if row >= 0 else None
 
 
 def _common_schema(inputs: Sequence[Input]) -> pa.Schema:
@@ -296,15 +392,50 @@ def _common_schema(inputs: Sequence[Input]) -> pa.Schema:
     for source in inputs[1:]:
         differing = sorted(set(first.schema.names) ^ set(source.schema.names))
         if not differing:
-            try:
-                ordered = pa.schema([source.schema.field(name) for name in common.names])
-                common = pa.unify_schemas([common, ordered], promote_options="permissive")
-                continue
-            except pa.ArrowException:
-                own = source.schema
-                differing = [name for name in own.names if own.field(name).type != common.field(name).type]
-        raise DataError(
-            f"{first.path} and {source.path}: the columns {', '.join(map(repr, differing))} differ in name or type, so that no "
-            "one table could hold both; give all files the same columns, or label them into two folders"
-        )
+            wider = {field.name: _wider(field.type, source.schema.field(field.name).type) for field in common}
+            differing = [name for name, kind in wider.items() if kind is None]
+            common = pa.schema([(name, kind or common.field(name).type) for name, kind in wider.items()])
+        if differing:
+            raise DataError(
+                f"{first.path} and {source.path}: the columns {', '.join(map(repr, differing))} differ in name or type, so that "
+                "no one table could hold both; give all files the same columns, or label them into two folders"
+            )
     return common
+
+
+def _wider(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
+    """The type that holds the values of both as they are, whatever they are; None if there is none."""
+    kinds = [pa.schema([("column", kind)]) for kind in (one, other)]
+    try:
+        common = pa.unify_schemas(kinds, promote_options="permissive")
+        for kind in kinds:
+            kind.empty_table().cast(common)  # raises here, not when it is the rows' turn
+    except (pa.ArrowException, NotImplementedError):
+        return None
+    wide = common.field("column").type
+    return wide if _holds(wide, one) and _holds(wide, other) else None
+
+
+def _holds(wide: pa.DataType, kind: pa.DataType) -> bool:
+    """Whether every value of a type is one of another, to which Arrow turns it."""
+    types = pa.types
+    if kind == wide or types.is_null(kind):
+        return True
+    if types.is_integer(kind) and types.is_integer(wide):
+        digits = [one.bit_width - types.is_signed_integer(one) for one in (wide, kind)]
+        return bool(digits[0] >= digits[1] and (types.is_signed_integer(wide) or types.is_unsigned_integer(kind)))
+    if types.is_floating(kind) and types.is_floating(wide):
+        return bool(wide.bit_width >= kind.bit_width)
+    if _is_list(kind) and _is_list(wide):
+        return _holds(wide.value_type, kind.value_type)
+    if types.is_struct(kind) and types.is_struct(wide):
+        return all(_holds(wide.field(field.name).type, field.type) for field in kind)
+    return _is_text(kind) and _is_text(wide)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))

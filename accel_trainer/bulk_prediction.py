@@ -10,14 +10,17 @@ What is to be done is divided into parts when it begins, and never again: neithe
 to them changes which rows stand in which file. A part that is there is complete. Each process takes the parts that are not
 there, one after the other, unless another process is at work on them; it ends when all are there. So the processes talk to
 each other at the start alone, and the work of one that died is done by the others, or by the next launch of the same line.
+Where a machine's locks do not reach the others two may do one part: either's file is complete, and the later one stays.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import time
+import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,11 +49,12 @@ from accel_trainer.predictor import (
 )
 from accel_trainer.recipe import ModelSection
 from accel_trainer.tracking import logger, quieten_libraries, speak_on
-from accel_trainer.writing import replaced
+from accel_trainer.writing import created, sweep_unfinished
 
 FORMATS = ("parquet", "jsonl", "csv")
 ROWS_PER_FILE = 20_000  # seconds of work on a GPU, little enough to lose on a CPU
 BETWEEN_LINES = 30.0  # seconds between two lines that tell how far it is
+PAUSE = 0.5  # seconds between two looks at what other processes are at work on
 LAYOUT = 1  # of the output folder; raised when its files change
 MANIFEST, CLAIMS = ".manifest.json", ".claims"  # hidden, so that who reads the folder as a table does not read them
 
@@ -125,7 +129,8 @@ def prepare(model: str, options: Options) -> Job:
             given = options.text_column, options.text_pair_column
             inputs = read_inputs(files, lambda name, present: text_columns(trained.recipe, name, present, *given))
             columns = text_columns(trained.recipe, str(inputs[0].path), inputs[0].schema.names, *given)
-            _enter(options.output, _manifest(trained, inputs, columns, options, accelerator), accelerator)
+            manifest = _manifest(trained, inputs, columns, options, accelerator)
+        _enter(options.output, manifest, accelerator)
         predictor = trained.on(accelerator, options.max_tokens_per_device)
         process, processes = accelerator.process_index, accelerator.num_processes
         hardware.leave_process_group(accelerator)
@@ -162,11 +167,12 @@ def _check_output(options: Options) -> None:
         )
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: it is a file; name a folder")
-    if output.is_dir() and not (output / MANIFEST).exists():
+    if output.is_dir():
         others = sorted(
             entry.name for entry in output.iterdir() if not entry.name.startswith((MANIFEST, CLAIMS, f".{MANIFEST}"))
         )
-        if others:
+        # Asked for after them, because it is there before them: another launch may be about to begin.
+        if others and not (output / MANIFEST).exists():
             raise RunFolderError(
                 f"--output {output}: there is something else in it, such as {others[0]}; name a new folder, or an empty one"
             )
@@ -189,38 +195,82 @@ def _manifest(
 
 
 def _enter(output: Path, manifest: dict[str, Any], accelerator: Accelerator) -> None:
-    """Make the output folder this job's, or see that it is.
+    """Make the output folder this job's, or see that it is. Collective.
 
     Raises:
         RunFolderError: it is another job's, or cannot be written, or is not the same on all machines.
     """
-    path = output / MANIFEST
+    # Not the manifest but a name that nobody has asked for yet: see `_is_there`.
+    mark = output / f".{hardware.from_main_process(accelerator, uuid.uuid4().hex)}.writing"
     try:
-        if accelerator.is_main_process and not path.exists():
-            with replaced(path) as writing:
-                writing.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        found = json.loads(path.read_text(encoding="utf-8"))
-        Claims(output / CLAIMS).close()
-    except FileNotFoundError:
-        raise RunFolderError(
-            f"--output {output}: process {accelerator.process_index} does not see what process 0 wrote there; name a folder that all "
-            "machines share"
-        ) from None
+        with hardware.together(accelerator), _writable(output):
+            if accelerator.is_main_process:
+                _claim_folder(output, manifest)
+                mark.touch()
+        first = hardware.from_main_process(accelerator, manifest)
+        with hardware.together(accelerator), _writable(output):
+            if not _is_there(mark):
+                raise RunFolderError(
+                    f"--output {output}: what process 0 wrote there is not to be seen here; name a folder that all machines share"
+                )
+            if changed := _changed(first, manifest):
+                raise RunFolderError(
+                    f"--output {output}: process 0 began with other values of {changed}; give all machines the same files and options"
+                )
+            Claims(output / CLAIMS).close()
+    finally:
+        if accelerator.is_main_process:
+            with suppress(OSError):
+                mark.unlink()
+
+
+def _is_there(path: Path) -> bool:
+    """Whether a file is there, though another machine may just have written it.
+
+    A network's file system may go on for a while saying that there is no such name, until the folder is opened anew.
+    """
+    for folder in reversed(path.parents):
+        with suppress(OSError):
+            os.scandir(folder).close()
+    return path.exists()
+
+
+@contextmanager
+def _writable(output: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise RunFolderError(
             f"--output {output}: {error.strerror or error}; name a folder that you may write"
         ) from error
-    except ValueError as error:
+
+
+def _claim_folder(output: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest, or see that the one that is there says the same."""
+    path = output / MANIFEST
+    if not path.exists():
+        with suppress(FileExistsError), created(path) as writing:  # by another launch: then it counts
+            writing.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it is no object")
+    except (ValueError, RecursionError) as error:
         raise RunFolderError(
             f"--output {path}: it is damaged ({error}); name another folder, or delete this one"
         ) from error
-    changed = [key for key, _, _ in differences(found, manifest)]
-    if changed:
-        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+    if changed := _changed(found, manifest):
         raise RunFolderError(
-            f"--output {output}: what is labelled there was begun with other values of {', '.join(changed[:5])}{more} (see "
-            f"{path}); give the same, name another folder, or delete this one"
+            f"--output {output}: what is labelled there was begun with other values of {changed} (see {path}); give the same, "
+            "name another folder, or delete this one"
         )
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The first keys whose values differ, in words; empty if none does."""
+    changed = [key for key, _, _ in differences(before, now)]
+    more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+    return ", ".join(changed[:5]) + more
 
 
 def _parts(inputs: Sequence[Input], options: Options) -> list[Part]:
@@ -250,6 +300,8 @@ class _Tally:
 def work(job: Job) -> None:
     """Label what is not labelled yet and what no other process is at work on; return when all of it is there.
 
+    Without locks: when this process's share is there.
+
     Raises:
         UserError: the data of a part, or the disk.
         OutOfMemory: a single text does not fit into memory.
@@ -260,52 +312,67 @@ def work(job: Job) -> None:
     rows = sum(part.stop - part.start for part in parts)
     if is_first:
         logger.info("%s: %d rows in %d files, %d of them there already", output, rows, len(parts), done)
+    folders = [output, *dict.fromkeys(part.target.parent for part in parts)]
+    sweep_unfinished(*folders)
     claims = Claims(output / CLAIMS)
     tally, started, told = _Tally(), time.perf_counter(), time.perf_counter()
     try:
-        for part, wait in _in_turn(job, keeps_claims=claims.are_kept):
-            if part.is_done:
-                continue
-            with claims.claimed(part.number, wait=wait) as mine:
-                if mine and not part.is_done:
+        for part in _in_turn(job, keeps_claims=claims.are_kept):
+            with claims.claimed(part.number) as mine:
+                if mine and not _is_there(part.target):
                     _label(job, part, tally)
             if is_first and time.perf_counter() - told > BETWEEN_LINES:
                 told = time.perf_counter()
                 done = sum(part.is_done for part in parts)
-                logger.info("%d of %d files; %.0f rows/s here", done, len(parts), tally.rows / (told - started))
+                logger.info("%d of %d files; %.0f rows/s here%s", done, len(parts), tally.rows / (told - started),
+                            "" if mine else f"; another process is at work on {part.target}")  # fmt: skip
     finally:
         claims.close()
         # Each process tells of its own rows.
         logger.setLevel("INFO" if is_first else "WARNING")
         tell_of_blanks(tally.first_blank, tally.blank)
         tell_of_formulas(output, tally.defused)
+    sweep_unfinished(*folders)  # of those that died meanwhile
     if is_first:
-        print(f"{output}: {rows} rows", flush=True)
+        done = sum(part.is_done for part in parts)
+        rest = f"{done} of {len(parts)} files; the other processes do the rest"
+        print(f"{output}: {rest if done < len(parts) else f'{rows} rows'}", flush=True)
 
 
-def _in_turn(job: Job, *, keeps_claims: bool) -> Iterator[tuple[Part, bool]]:
-    """The parts as this process is to try them, and whether to wait for who is at work on one.
+def _in_turn(job: Job, *, keeps_claims: bool) -> Iterator[Part]:
+    """The parts that are not there, as this process is to try them; the same again and again until they are.
 
     First those that would be its own if they were dealt out, so that processes seldom meet; then those of the others; in the
-    end it waits for what others are at work on, who may die. Without claims it keeps to its own.
+    end it comes back to what others are at work on, who may die. Without claims it keeps to its own.
     """
 
     def own_first(part: Part) -> tuple[int, int]:
         return (part.number - job.process) % job.processes, part.number
 
-    parts = sorted(job.parts, key=own_first)
+    left = sorted(job.parts, key=own_first)
     if not keeps_claims:
         logger.warning("note: %s cannot be locked; no two launches may use it at once", job.options.output)
-        parts = [part for part in parts if part.number % job.processes == job.process]
-    for wait in (False, True):
-        for part in parts:
-            yield part, wait
+        left = [part for part in left if part.number % job.processes == job.process]
+    pause = 0.0
+    while left := [part for part in left if not part.is_done]:
+        for part in left:
+            if not part.is_done:
+                time.sleep(pause)
+                yield part
+        pause = PAUSE
 
 
 def _label(job: Job, part: Part, tally: _Tally) -> None:
     """Label a part; its file appears when it is complete."""
-    for leftover in part.target.parent.glob(f".{part.target.name}.*.writing"):
-        leftover.unlink(missing_ok=True)  # of a process that died at it
+    try:
+        _write(job, part, tally)
+    except UserError as error:
+        # The unfinished file is gone and the finished one there, as when a network's file system does one rename twice.
+        if not (isinstance(error.__cause__, FileNotFoundError) and part.is_done):
+            raise
+
+
+def _write(job: Job, part: Part, tally: _Tally) -> None:
     names, options = job.predictor.label_names, job.options
     with open_writer(part.target, names, job.schema, keep_formulas=options.keep_formulas) as writer:
         first = part.start

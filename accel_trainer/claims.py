@@ -1,6 +1,8 @@
 """Who does which of many pieces of work: processes on one machine or several, in one launch or several, that share a file.
 
-What a process has claimed, no other gets; the system lets go of it when the process dies, however it dies.
+What a process has claimed, no other gets; the system lets go of it when the process dies, however it dies. Between machines
+this holds as far as the file system's locks reach: some grant them on one machine alone (NFS with `local_lock` or `nolock`,
+Lustre with `localflock`), where two machines may get one piece. So what is done to a piece twice must do no harm.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ except ImportError:  # Windows
     system = None  # type: ignore[assignment]
 fcntl: Any = system
 
-_HELD = (errno.EACCES, errno.EAGAIN)
+_HELD = (errno.EACCES, errno.EAGAIN)  # by another process
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # of a file system
 
 
@@ -32,41 +34,44 @@ class Claims:
             OSError: it cannot be made.
         """
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        self.are_kept = True  # False where the file system, or the system, has no locks: any claim is granted then
-        with self.claimed(0):  # tries whether they work
-            pass
+        # False where the file system, or the system, has no locks: any claim is granted then. Decided once, as who has claimed
+        # something must not lose it when the locks fail for a moment.
+        self.are_kept = fcntl is not None and self._try_locks()
+
+    def _try_locks(self) -> bool:
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 0)
+            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, 0)
+        except OSError as error:
+            if error.errno not in (*_HELD, *_NO_LOCKS):
+                self.close()
+                raise
+            return error.errno in _HELD
+        return True
 
     @contextmanager
-    def claimed(self, piece: int, *, wait: bool = False) -> Iterator[bool]:
+    def claimed(self, piece: int) -> Iterator[bool]:
         """Hold the claim on a piece while the block lasts.
 
-        Args:
-            piece: its number.
-            wait: until who holds it lets go or dies.
-
         Yields:
-            whether it is held; False only where another process holds it and `wait` is not given.
+            whether it is held: False where another process holds it, or the locks fail for a moment.
         """
-        granted = self._lock(piece, wait=wait)
+        granted = self._lock(piece)
         try:
             yield granted
         finally:
             if granted and self.are_kept:
-                fcntl.lockf(self._file, fcntl.LOCK_UN, 1, piece)
+                with suppress(OSError):  # it goes when this process does
+                    fcntl.lockf(self._file, fcntl.LOCK_UN, 1, piece)
 
-    def _lock(self, piece: int, *, wait: bool) -> bool:
-        if fcntl is None:
-            self.are_kept = False
-        if not self.are_kept:
-            return True
-        try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, piece)
-        except OSError as error:
-            if error.errno in _HELD and not wait:
+    def _lock(self, piece: int) -> bool:
+        if self.are_kept:
+            try:
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, piece)
+            except OSError as error:
+                if error.errno not in (*_HELD, errno.ENOLCK):
+                    raise
                 return False
-            if error.errno not in _NO_LOCKS:
-                raise
-            self.are_kept = False
         return True
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ import shutil
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -47,6 +47,14 @@ MOST_COLUMNS = 10_000
 DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError, pa.ArrowException)
 
 _T = TypeVar("_T")
+
+
+class NoRows(DataError):
+    """A text file has no rows; perhaps it names columns."""
+
+    columns: Sequence[str] = ()
+
+
 _Record = tuple[str, dict[str, Any]]  # place in the file, columns
 
 
@@ -276,7 +284,7 @@ def _lines(file: DataFile, encoding: str, newline: str | None = None) -> Iterato
                 )
             yield line
         if number == 0:
-            raise DataError(f"{file.name}: the file is empty; fill it or leave it out")
+            raise NoRows(f"{file.name}: the file is empty; fill it or leave it out")
 
 
 def _text_pieces(file: DataFile, encoding: str) -> Iterator[pa.Table]:
@@ -288,7 +296,7 @@ def _csv_pieces(file: DataFile, encoding: str) -> Iterator[pa.Table]:
     rows = _csv_rows(file, encoding)
     line, header = next(rows, (1, None))
     if header is None:
-        raise DataError(f"{file.name}, line 1: there is no header, only blank lines; name the columns there")
+        raise NoRows(f"{file.name}, line 1: there is no header, only blank lines; name the columns there")
     _check_columns(file, len(header))
     other = _other_delimiter(file, header)
     if other is not None:
@@ -319,7 +327,9 @@ def _csv_pieces(file: DataFile, encoding: str) -> Iterator[pa.Table]:
         columns = [pa.array(column, pa.string()) for column in zip(*batch, strict=True)]
         yield pa.table(dict(zip(header, columns, strict=True)))
     if empty:
-        raise DataError(f"{file.name}, line {line}: nothing follows the header; add rows or leave the file out")
+        error = NoRows(f"{file.name}, line {line}: nothing follows the header; add rows or leave the file out")
+        error.columns = header
+        raise error
 
 
 def _other_delimiter(file: DataFile, header: list[str]) -> str | None:
@@ -353,11 +363,12 @@ def _csv_rows(file: DataFile, encoding: str) -> Iterator[tuple[int, list[str]]]:
 
 def _json_pieces(file: DataFile, encoding: str) -> Iterator[pa.Table]:
     # Twice: a column's type is known at the end of the file only.
-    schema = pa.schema([])
+    schema, empty = pa.schema([]), True
     for batch in _batches(_json_records(file, encoding)):
-        schema = _widened(file, schema, batch)
+        schema, empty = _widened(file, schema, batch), False
     if not schema.names:
-        raise DataError(f"{file.name}: there are no records with columns; add rows or leave the file out")
+        message = f"{file.name}: there are no records with columns; add rows or leave the file out"
+        raise NoRows(message) if empty else DataError(message)
     for batch in _batches(_json_records(file, encoding)):
         yield pa.table([_json_column(file, batch, field.name, field.type) for field in schema], schema=schema)
 

@@ -42,7 +42,8 @@ from accel_trainer.prediction_files import carried_columns, open_writer
 from accel_trainer.predictor import (
     ROWS_AT_ONCE,
     Predictor,
-    label_rows,
+    Tally,
+    label_tables,
     load_predictor,
     predict_texts,
     tell_of_blanks,
@@ -53,7 +54,7 @@ from accel_trainer.recipe import DatasetSection, EvaluationSection, SplitsSectio
 from accel_trainer.redaction import without_secrets
 from accel_trainer.signals import ignore_stop_signals, interrupted_by_signals
 from accel_trainer.sources import read_files
-from accel_trainer.terminal import complain
+from accel_trainer.terminal import complain, write_any_text
 from accel_trainer.tracking import logger, speak_on
 
 __all__ = ["Predictor", "evaluate_file", "load_predictor", "logger", "predict_file", "predict_texts"]
@@ -93,16 +94,13 @@ def predict_file(
     whole = table.data.features.arrow_schema
     schema = pa.schema([whole.field(name) for name in carried])
     rows = table.data.with_format("arrow")
-    blank, first = 0, ""
+    chunks = (rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE))
+    tally = Tally()
     with open_writer(target, predictor.label_names, schema, keep_formulas=keep_formulas) as writer:
-        for start in range(0, len(rows), ROWS_AT_ONCE):
-            chunk = rows[start : start + ROWS_AT_ONCE]
-            done = label_rows(predictor, chunk, columns, table.place, start)
-            blank, first = blank + len(done.blank), first or (table.place(done.blank[0]) if done.blank else "")
-            writer.write(chunk.select(carried).cast(schema), done.labels, done.shares)
-    tell_of_blanks(first, blank)
-    tell_of_formulas(target, writer.defused)
-    return len(rows)
+        count = label_tables(predictor, chunks, columns, table.place, 0, writer, schema, tally)
+    tell_of_blanks(tally.first_blank, tally.blank)
+    tell_of_formulas(target, tally.defused)
+    return count
 
 
 def evaluate_file(
@@ -154,6 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         the exit code: 0 all files are labelled, 2 the user's mistake, 75 interrupted, 1 anything else.
     """
     arguments = vars(parse_arguments(argv))
+    write_any_text()
     # Until the work begins every process meets the same mistakes, and one of them says so.
     is_first = speaks = os.environ.get("RANK", "0") == "0"
     speak_on(is_first)
@@ -173,6 +172,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_DONE
 
 
+def _path(text: str) -> Path:
+    return Path(os.path.expanduser(text))  # noqa: PTH111 (Path's own raises where there is no home)
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line of the launched form."""
     parser = Parser(
@@ -184,9 +187,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("model", metavar="RUN_OR_MODEL", help="folder of a run or of a model, or a Hub id")
     add("--input", nargs="+", required=True, metavar="FILES", help="tables, or patterns such as 'shards/*.parquet'")
-    add(
-        "--output", type=Path, required=True, metavar="DIR", help="folder that the labelled rows go to; of no other use"
-    )
+    add("--output", type=_path, required=True, metavar="DIR", help="folder for the labelled rows; of no other use")
     add("--text_column", help="column of the text (default: the recipe's)")
     add("--text_pair_column", help="column of the second text (default: the recipe's)")
     add("--format", choices=FORMATS, default="parquet", help="of the labelled files (default: %(default)s)")

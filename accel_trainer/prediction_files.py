@@ -8,8 +8,10 @@ The columns of the input come first, as they were; then `prediction`, and the pr
 
 from __future__ import annotations
 
+import base64
 import csv
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -54,6 +56,27 @@ def _defused(cell: Any) -> Any:
     return cell
 
 
+def _plain(value: Any) -> str:
+    """A value that JSON has no kind for, as text; bytes as base64."""
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
+
+
+def _without_nan(value: Any) -> Any:
+    """The value with null for the numbers that JSON does not have, NaN and the infinities."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _without_nan(one) for key, one in value.items()}
+    return [_without_nan(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _json(record: dict[str, Any]) -> str:
+    try:
+        return json.dumps(record, ensure_ascii=False, allow_nan=False, default=_plain)
+    except ValueError:
+        return json.dumps(_without_nan(record), ensure_ascii=False, default=_plain)
+
+
 class _Jsonl:
     defused = 0
 
@@ -64,7 +87,7 @@ class _Jsonl:
         for row, label, row_shares in zip(rows.to_pylist(), labels, shares.tolist(), strict=True):
             named = dict(zip(self._label_names, row_shares, strict=True))
             record = {**row, "prediction": label, "probabilities": named}
-            self._file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+            self._file.write(_json(record) + "\n")
 
 
 class _Csv:
@@ -78,7 +101,7 @@ class _Csv:
     def write(self, rows: pa.Table, labels: Sequence[str], shares: Shares) -> None:
         columns = [column.to_pylist() for column in rows.columns]
         for *cells, label, row_shares in zip(*columns, labels, shares.tolist(), strict=True):
-            self._write([*cells, label, *row_shares])
+            self._write([*(_plain(c) if isinstance(c, bytes) else c for c in cells), label, *row_shares])
 
     def _write(self, cells: Sequence[Any]) -> None:
         if not self._keep_formulas:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -24,7 +24,7 @@ from accel_trainer.errors import CannotLoad, DataError, OutOfMemory, UserError
 from accel_trainer.evaluation import Logits, predict_logits
 from accel_trainer.hub import is_on_hub, use_cache_if_unreachable
 from accel_trainer.memory import prediction_needs
-from accel_trainer.prediction_files import Shares
+from accel_trainer.prediction_files import Shares, Writer
 from accel_trainer.recipe import Recipe
 from accel_trainer.tokenization import longest_input, tokens_of_texts
 from accel_trainer.tracking import logger, quieten_libraries
@@ -165,6 +165,9 @@ def read_model(path: str, *, trust_remote_code: bool = False) -> TrainedModel:
     except (OSError, ValueError, SafetensorError) as error:
         raise CannotLoad("RUN_OR_MODEL", path, error) from error
     names = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
+    twice = next((label for label in names if names.count(label) > 1), None)
+    if twice is not None:
+        raise UserError(f"{name}: two labels are named {twice!r}; give each a name in `id2label` of its config.json")
     return TrainedModel(name, Classifier(model), tokenizer, names, recipe)
 
 
@@ -210,6 +213,16 @@ def text_columns(
 
 
 @dataclass
+class Tally:
+    """What was labelled."""
+
+    rows: int = 0
+    blank: int = 0
+    first_blank: str = ""  # its place
+    defused: int = 0  # cells that were marked as text for spreadsheets
+
+
+@dataclass
 class Labelled:
     """What the model makes of some rows."""
 
@@ -237,6 +250,47 @@ def label_rows(
     blank = [first + i for i, cells in enumerate(zip(*texts, strict=True)) if not all(map(str.strip, cells))]
     shares = probabilities(predictor.logits(*texts))
     return Labelled([predictor.label_names[i] for i in shares.argmax(-1)], shares, blank)
+
+
+def label_tables(
+    predictor: Predictor,
+    tables: Iterable[pa.Table],
+    columns: Sequence[str],
+    place: Callable[[int], str],
+    first: int,
+    writer: Writer,
+    schema: pa.Schema,
+    tally: Tally,
+) -> int:
+    """Label tables that follow each other, and write them.
+
+    Args:
+        predictor: the model.
+        tables: rows, no more at a time than memory holds, with at least one each.
+        columns: of the text, and of the second text if there is one.
+        place: names a row for people.
+        first: the row that the first table begins with.
+        writer: takes the rows.
+        schema: of the columns that the writer takes.
+        tally: what was labelled is added to it.
+
+    Returns:
+        how many rows there were.
+
+    Raises:
+        DataError: a cell holds no text.
+    """
+    start = first
+    for rows in tables:
+        done = label_rows(predictor, rows, columns, place, first)
+        writer.write(rows.select(schema.names).cast(schema), done.labels, done.shares)
+        if done.blank:
+            tally.first_blank = tally.first_blank or place(done.blank[0])
+            tally.blank += len(done.blank)
+        first += len(rows)
+    tally.rows += first - start
+    tally.defused += writer.defused
+    return first - start
 
 
 def _checked(texts: list[Any], column: str, place: Callable[[int], str], first: int) -> list[str]:

@@ -7,8 +7,9 @@ import json
 import os
 import re
 import signal
-import threading
+from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,13 @@ from support import reviews, write_csv
 from tiny_model import write_model
 
 from accel_trainer import bulk_prediction, predict
-from accel_trainer.bulk_inputs import Input, find_inputs, output_name
+from accel_trainer.bulk_inputs import find_inputs, output_name
 from accel_trainer.bulk_prediction import MANIFEST, Options, _in_turn, prepare, work
 from accel_trainer.claims import Claims
 from accel_trainer.errors import Interrupted
 from accel_trainer.predict import load_predictor, predict_file
 from accel_trainer.signals import interrupted_by_signals
+from accel_trainer.writing import created
 
 
 @pytest.fixture(scope="module")
@@ -155,46 +157,12 @@ def test_columns_come_as_they_were(model: Path) -> None:
     assert set(one.column("prediction").to_pylist()) <= {"good", "bad"}
 
 
-def test_a_file_without_rows_keeps_its_columns(model: Path) -> None:
-    pq.write_table(pa.schema([("text", pa.string())]).empty_table(), "in/a.parquet")
-    label(model)
-    assert pq.read_table("out/a/part-00000.parquet").column_names == ["text", "prediction", "probabilities"]
-
-
 def test_pairs(model: Path) -> None:
     rows = [{"a": text, "b": other} for (text, _), (other, _) in zip(reviews(9), reviews(9, seed=3), strict=True)]
     write(Path("in/a.parquet"), rows)
     label(model, text_column="a", text_pair_column="b")
     predict_file(load_predictor(str(model)), Path("in/a.parquet"), Path("one.parquet"), "a", "b")
     assert pq.read_table(files()[0]).to_pylist() == pq.read_table("one.parquet").to_pylist()
-
-
-@pytest.mark.parametrize(
-    ("groups", "most", "parts"),
-    [
-        ((), 10, [(0, 0)]),
-        ((0,), 10, [(0, 0)]),
-        ((5,), 10, [(0, 5)]),
-        ((10, 10), 10, [(0, 10), (10, 20)]),
-        ((4, 4, 4, 4), 10, [(0, 8), (8, 16)]),
-        ((4, 25, 4), 10, [(0, 4), (4, 14), (14, 24), (24, 33)]),
-        ((20, 0, 1), 10, [(0, 10), (10, 20), (20, 21)]),
-    ],
-)
-def test_parts(groups: tuple[int, ...], most: int, parts: list[tuple[int, int]]) -> None:
-    source = Input(Path("a.parquet"), "a", 0, 0, pa.schema([]), groups)
-    assert source.parts(most) == parts
-
-
-@pytest.mark.parametrize("bounds", [(0, 43), (0, 1), (8, 9), (9, 18), (5, 31), (42, 43)])
-@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
-def test_any_rows_are_read(model: Path, kind: str, bounds: tuple[int, int]) -> None:
-    write(Path("in") / f"a.{kind}", rows_of(0, 43), group=9)
-    source = prepare(str(model), Options(["in/*"], Path("out"))).parts[0].source
-    tables = list(source.tables(*bounds, 6))
-    assert [i for table in tables for i in table.column("id").to_pylist()] == list(range(*bounds))
-    assert all(len(table) < 12 for table in tables)
-    assert all(len(table) >= 6 for table in tables[:-1])
 
 
 def test_the_precision_of_the_launch(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,7 +187,10 @@ def test_what_is_there_is_not_done_again(model: Path, monkeypatch: pytest.Monkey
     before = {path: Path(path).stat().st_mtime_ns for path in files()}
     gone = "out/a/part-00002.parquet"
     Path(gone).unlink()
-    Path("out/a/.part-00002.parquet.77.writing").write_text("half")
+    left, alive = (Path(f"out/a/.part-0000{i}.parquet.77.writing") for i in (2, 3))
+    left.write_text("half")
+    alive.write_text("half")
+    os.utime(left, (1, 1))  # years ago
     called = []
     label_rows = bulk_prediction.label_rows
     monkeypatch.setattr(bulk_prediction, "label_rows", lambda *a: (called.append(len(a[1])), label_rows(*a))[1])
@@ -227,63 +198,123 @@ def test_what_is_there_is_not_done_again(model: Path, monkeypatch: pytest.Monkey
     assert called == [10]
     assert {path: Path(path).stat().st_mtime_ns for path in files() if path != gone}.items() <= before.items()
     assert pd.read_parquet("out")["id"].tolist() == list(range(40))
-    assert not list(Path("out").rglob("*.writing"))
+    assert list(Path("out").rglob("*.writing")) == [alive]
 
 
-def test_each_process_begins_with_its_own(model: Path) -> None:
+def test_each_process_begins_with_its_own(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(Path("in/a.parquet"), rows_of(0, 50))
     job = prepare(str(model), Options(["in/*"], Path("out"), rows_per_file=10))
     job = bulk_prediction.Job(**{**vars(job), "process": 1, "processes": 2})
-    tried = [(part.number, wait) for part, wait in _in_turn(job, keeps_claims=True)]
-    assert tried == [(n, wait) for wait in (False, True) for n in (1, 3, 0, 2, 4)]
-    assert {part.number for part, _ in _in_turn(job, keeps_claims=False)} == {1, 3}
+    monkeypatch.setattr(bulk_prediction, "PAUSE", 0.0)
+    tried = [part.number for part in islice(_in_turn(job, keeps_claims=True), 12)]
+    assert tried == [1, 3, 0, 2, 4] * 2 + [1, 3]  # none is done
+    assert {part.number for part in islice(_in_turn(job, keeps_claims=False), 12)} == {1, 3}
 
 
-def test_a_claim_is_one_processs_alone(tmp_path: Path) -> None:
-    claims = Claims(tmp_path / "claims")
-    with claims.claimed(3) as mine:
-        assert mine
-        assert in_a_child(tmp_path, 3, 4) == [False, True]
-    assert in_a_child(tmp_path, 3) == [True]
-    claims.close()
+def test_what_another_process_is_at_work_on_is_waited_for_and_told(
+    model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A claim of each of three parts ends otherwise: its file is there, its process dies, and a signal ends the waiting."""
+    write(Path("in/a.parquet"), rows_of(0, 40))
+    job = prepare(str(model), Options(["in/*"], Path("out"), rows_per_file=10))
+    monkeypatch.setattr(bulk_prediction.logger, "propagate", True)
+    monkeypatch.setattr(bulk_prediction, "BETWEEN_LINES", 0.0)
+    holders = {number: Holder(Path("out/.claims"), number) for number in (0, 1, 2)}
+    looks = Counter[float]()
 
+    def sleep(seconds: float) -> None:
+        looks[seconds] += 1
+        if looks[bulk_prediction.PAUSE] == 10:
+            job.parts[0].target.write_text("by another")
+        elif looks[bulk_prediction.PAUSE] == 20:
+            holders[1].die()
+        elif looks[bulk_prediction.PAUSE] == 30:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-def test_who_waits_for_a_claim_hears_signals_and_gets_it_when_the_holder_dies(tmp_path: Path) -> None:
-    told, tell = os.pipe()
-    child = os.fork()
-    if not child:
-        with Claims(tmp_path / "claims").claimed(3):
-            os.write(tell, b"held")
-            signal.pause()
-    os.read(told, 4)
-    claims = Claims(tmp_path / "claims")
-    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(bulk_prediction.time, "sleep", sleep)
     try:
-        timer.start()
-        with pytest.raises(Interrupted), interrupted_by_signals(resumable=False), claims.claimed(3, wait=True):
-            raise AssertionError("two hold it")
+        with pytest.raises(Interrupted), interrupted_by_signals(resumable=False):
+            work(job)
     finally:
-        os.kill(child, signal.SIGKILL)
-    with claims.claimed(3, wait=True) as mine:
-        assert mine
-    os.waitpid(child, 0)
+        for holder in holders.values():
+            holder.die()
+    assert [part.is_done for part in job.parts] == [True, True, False, True]
+    assert job.parts[0].target.read_text() == "by another"
+    assert "1 of 4 files" in caplog.text
+    assert "another process is at work on out/a/part-00002.parquet" in caplog.text
 
 
-def in_a_child(folder: Path, *pieces: int) -> list[bool]:
-    child = os.fork()
-    if not child:
-        claims = Claims(folder / "claims")
-        granted = 0
-        for i, piece in enumerate(pieces):
-            with claims.claimed(piece) as mine:
-                granted |= mine << i
-        os._exit(granted)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return [bool(code >> i & 1) for i in range(len(pieces))]
+class Holder:
+    """Another process, which has a claim until it dies."""
+
+    def __init__(self, path: Path, piece: int) -> None:
+        told, tell = os.pipe()
+        self._process = os.fork()
+        if not self._process:
+            try:
+                with Claims(path).claimed(piece):
+                    os.write(tell, b"held")
+                    signal.pause()
+            finally:
+                os._exit(1)
+        os.close(tell)  # or reading would wait for a child that failed
+        held = os.read(told, 4)
+        os.close(told)
+        assert held == b"held"
+
+    def die(self) -> None:
+        if self._process:
+            os.kill(self._process, signal.SIGKILL)
+            os.waitpid(self._process, 0)
+            self._process = 0
+
+
+def test_a_part_that_two_do_at_once_is_whole(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a machine's locks do not reach the other: each is granted the same claim."""
+    write(Path("in/a.parquet"), rows_of(0, 20))
+    options = Options(["in/*"], Path("out"), rows_per_file=10)
+    job, other = prepare(str(model), options), prepare(str(model), options)
+    label_rows = bulk_prediction.label_rows
+
+    def meanwhile(*arguments: Any) -> Any:
+        monkeypatch.setattr(bulk_prediction, "label_rows", label_rows)
+        work(other)
+        return label_rows(*arguments)
+
+    monkeypatch.setattr(bulk_prediction, "label_rows", meanwhile)
+    work(job)
+    assert pd.read_parquet("out")["id"].tolist() == list(range(20))
+    assert not list(Path("out").rglob("*.writing"))
+
+
+@pytest.mark.parametrize("is_done", [True, False])
+def test_an_unfinished_file_that_is_gone(model: Path, monkeypatch: pytest.MonkeyPatch, is_done: bool) -> None:
+    """Harmless where the finished one is there: a network's file system may ask for a rename twice."""
+    write(Path("in/a.parquet"), rows_of(0, 20))
+    replace = Path.replace
+
+    def twice(self: Path, target: Path) -> Path:
+        if target.name.startswith("part-"):
+            if is_done:
+                replace(self, target)
+            else:
+                self.unlink()
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", twice)
+    if is_done:
+        label(model)
+        assert pd.read_parquet("out")["id"].tolist() == list(range(20))
+    else:
+        with pytest.raises(bulk_prediction.UserError, match=r"part-00000\.parquet: No such file"):
+            label(model)
 
 
 def test_a_file_system_without_locks(
-    model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def refuse(*arguments: Any) -> None:
         raise OSError(37, "No locks available")
@@ -291,11 +322,13 @@ def test_a_file_system_without_locks(
     monkeypatch.setattr("accel_trainer.claims.fcntl.lockf", refuse)
     monkeypatch.setattr(bulk_prediction.logger, "propagate", True)
     write(Path("in/a.parquet"), rows_of(0, 50))
-    for process in (1, 0):
+    said = []
+    for process in (0, 1, 0):
         job = prepare(str(model), Options(["in/*"], Path("out"), rows_per_file=10))
         bulk_prediction.logger.propagate = True
         work(bulk_prediction.Job(**{**vars(job), "process": process, "processes": 2}))
-        assert len(files()) == (2 if process else 5)
+        said.append((len(files()), capsys.readouterr().out))
+    assert said == [(3, "out: 3 of 5 files; the other processes do the rest\n"), (5, ""), (5, "out: 50 rows\n")]
     assert "out cannot be locked" in caplog.text
 
 
@@ -343,6 +376,13 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "a broken line": (["--input", "in/*", "other/e.jsonl"], r"other/e\.jsonl, line 2: this is not JSON"),
     "null in parquet": (["--input", "in/*", "other/n.parquet"], r"n\.parquet, row 12: column 'text' holds no text"),
     "null in jsonl": (["--input", "in/*", "other/m.jsonl"], r"m\.jsonl, row 2: column 'text' holds no text"),
+    "a link to nothing": (["--input", "in/*", "other/l.parquet"], r"other/l\.parquet: this is a link to nothing, .*other/gone"),
+    "a folder among them": (["--input", "*/*"], r"other/s\.parquet: this is a folder; name the files in it: .*/\*\.parquet"),
+    "one file twice": (["--input", "in/*", "other/c.parquet"], r"in/a\.parquet and .*other/c\.parquet: both are links to"),
+    "nearly one name": (["--input", "in/*", "third/A.csv"], r"third/A\.csv: both would be labelled into out/A, which on some"),
+    "whole and broken": (["--input", "in/*", "other/f.parquet"], r"f\.parquet: the columns 'id' differ in name or type"),
+    "null alone": (["--input", "in/*", "other/o.parquet"], r"o\.parquet, row 1: column 'text' holds no text"),
+    "no rows at all": (["--input", "other/h.csv", "other/i.jsonl"], r"other/h\.csv and 1 more: there are no rows to label"),
     "no rows": (["--rows_per_file", "0"], "--rows_per_file 0: give a number of rows"),
     "no tokens": (["--max_tokens_per_device", "0"], "--max_tokens_per_device 0"),
 }  # fmt: skip
@@ -368,6 +408,15 @@ def test_mistakes_are_told_before_anything_is_computed(
         5,
     )
     write(other / "m.jsonl", [{"id": 1, "text": "good"}, {"id": 2, "text": None}])
+    write(other / "f.parquet", [{"id": 1.5, "text": "good"}])
+    write(other / "o.parquet", [{"id": 1, "text": None}])
+    Path("third").mkdir()
+    write(Path("third/A.csv"), rows_of(0, 3))
+    (other / "h.csv").write_text("id,text\n")
+    (other / "i.jsonl").touch()
+    (other / "l.parquet").symlink_to("gone")
+    (other / "c.parquet").symlink_to("../in/a.parquet")
+    (other / "s.parquet").mkdir()
     arguments, message = MISTAKES[mistake]
     given = arguments if "--input" in arguments else ["--input", "in/*", *arguments]
     given = given if "--output" in given else [*given, "--output", "out"]
@@ -382,7 +431,51 @@ def test_mistakes_are_told_before_anything_is_computed(
     assert not left or mistake == "no tokens"
 
 
-@pytest.mark.parametrize("changed", ["model", "input", "rows", "columns", "format", "fewer", "manifest"])
+def test_of_two_jobs_that_begin_at_once_one_gets_the_folder(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both have seen that it is new, and the first writes before the second."""
+    write(Path("in/a.parquet"), rows_of(0, 20))
+
+    def late(path: Path) -> Any:
+        monkeypatch.setattr(bulk_prediction, "created", created)
+        label(model, rows_per_file=10)
+        return created(path)
+
+    monkeypatch.setattr(bulk_prediction, "created", late)
+    with pytest.raises(bulk_prediction.RunFolderError, match="begun with other values of rows_per_file"):
+        label(model, rows_per_file=5)
+    assert len(files()) == 2
+
+
+def test_a_machine_with_other_files_is_told(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(Path("in/a.parquet"), rows_of(0, 2))
+    sent = bulk_prediction.hardware.from_main_process
+
+    def as_the_first_one_has_it(accelerator: Any, value: Any) -> Any:
+        return {**value, "inputs": {}} if isinstance(value, dict) and "inputs" in value else sent(accelerator, value)
+
+    monkeypatch.setattr(bulk_prediction.hardware, "from_main_process", as_the_first_one_has_it)
+    code, said = run(model, capsys, "--input", "in/*", "--output", "out")
+    assert code == 2
+    assert "--output out: process 0 began with other values of inputs, inputs.a.path, inputs.a.bytes" in said
+    assert "give all machines the same files and options" in said
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", "7", '{"a": ' * 100_000, b"\xff"])
+def test_a_damaged_manifest(model: Path, capsys: pytest.CaptureFixture[str], damage: str | bytes) -> None:
+    write(Path("in/a.parquet"), rows_of(0, 2))
+    Path("out").mkdir()
+    Path("out", MANIFEST).write_bytes(damage if isinstance(damage, bytes) else damage.encode())
+    code, said = run(model, capsys, "--input", "in/*", "--output", "out")
+    assert code == 2
+    assert re.search(
+        r"--output out/\.manifest\.json: it is damaged \(.+\); name another folder, or delete this one", said
+    )
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("changed", ["model", "input", "rows", "columns", "format", "fewer"])
 def test_a_folder_of_another_job_is_refused(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: str
 ) -> None:
@@ -399,7 +492,6 @@ def test_a_folder_of_another_job_is_refused(
         "columns": "columns",
         "format": "format",
         "fewer": "inputs.b.path, inputs.b.bytes",
-        "manifest": "it is damaged",
     }[changed]
     more = {"rows": ["--rows_per_file", "5"], "columns": ["--text_column", "other"], "format": ["--format", "csv"]}
     if changed == "model":
@@ -408,8 +500,6 @@ def test_a_folder_of_another_job_is_refused(
         os.utime("in/b.parquet", ns=(1, 1))
     elif changed == "fewer":
         same[1] = "in/a*"
-    elif changed == "manifest":
-        Path("out", MANIFEST).write_text("{")
     code, said = run(model, capsys, *same, *more.get(changed, []))
     assert code == 2
     assert expected in said
@@ -438,15 +528,3 @@ def test_a_disk_that_is_full_and_goes_on(
     assert len(files()) == 2
     assert run(model, capsys, *arguments)[0] == 0
     assert pd.read_parquet("out")["id"].tolist() == list(range(40))
-
-
-def test_names() -> None:
-    names = {"a.parquet": "a", "a.b.csv": "a.b", "a.jsonl.gz": "a", "a.zip": "a", "__x=1.csv": "x-1"}
-    assert {name: output_name(Path(name)) for name in names} == names
-
-
-def test_a_file_named_twice_is_labelled_once(tmp_path: Path) -> None:
-    write(Path("in/a.parquet"), rows_of(0, 2))
-    write(Path("in/[b].parquet"), rows_of(0, 2))
-    found = find_inputs(["in/*", "in/a.parquet", "in/[b].parquet", str(tmp_path / "in" / "a.parquet")], Path("out"))
-    assert sorted(found) == ["[b]", "a"]

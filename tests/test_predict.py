@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import io
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from support import reviews, write_csv
 from accel_trainer import predict
 from accel_trainer.errors import DataError, OutOfMemory, UserError
 from accel_trainer.predict import Predictor, evaluate_file, load_predictor, predict_file, predict_texts
+from accel_trainer.prediction_files import open_writer
 from accel_trainer.tracking import speak_on
 
 
@@ -190,6 +194,31 @@ def test_parquet_to_parquet(predictor: Predictor, many: list[dict[str, str]], tm
     check(found, expected(predictor, many))
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_what_json_and_csv_have_no_cell_for(kind: str, tmp_path: Path) -> None:
+    """Numbers that are none, at any depth, and bytes."""
+    strange = {"v": float("nan"), "in": {"list": [1.5, float("-inf"), None], "n": 1}, "b": b"\xff\0", "deep": [b"a"]}
+    table, target = pyarrow.Table.from_pylist([strange]), tmp_path / f"out.{kind}"
+    with open_writer(target, ["bad", "good"], table.schema) as writer:
+        writer.write(table, ["good"], np.asarray([[0.25, 0.75]]))
+    if kind == "csv":
+        (row,) = csv.DictReader(io.StringIO(target.read_text()))
+        assert base64.b64decode(row["b"]) == b"\xff\0"
+        return
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    assert json.loads(target.read_text(), parse_constant=refuse) == {
+        "v": None,
+        "in": {"list": [1.5, None, None], "n": 1},
+        "b": base64.b64encode(b"\xff\0").decode(),
+        "deep": ["YQ=="],
+        "prediction": "good",
+        "probabilities": {"bad": 0.25, "good": 0.75},
+    }
+
+
 def test_labelled_again(predictor: Predictor, many: list[dict[str, str]], tmp_path: Path) -> None:
     """What was written can be read, and its own columns do not come twice."""
     first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
@@ -321,6 +350,28 @@ def test_no_model(tmp_path: Path) -> None:
     (tmp_path / "status.json").write_text("{}")
     with pytest.raises(UserError, match="the run has no model yet"):
         load_predictor(str(tmp_path))
+
+
+def test_two_labels_of_one_name(run: Outcome, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(run.folder / "model", model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "id2label": {"0": "yes", "1": "yes"}}))
+    with pytest.raises(UserError, match=r"model: two labels are named 'yes'; give each a name in `id2label`"):
+        load_predictor(str(model))
+
+
+def test_the_output_is_named_in_any_script_on_any_stream(
+    run: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_csv(tmp_path / "in.csv", [["good", 1]], ["text", "n"])
+    said = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(said, encoding="ascii"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with alone_on_the_cpu(tmp_path / "cache"):
+        assert predict.main([str(run.folder), "--input", str(source), "--output=~/面"]) == 0
+    assert (tmp_path / "面/in/part-00000.parquet").exists()
+    assert rb"/\u9762: 1 rows" in said.getvalue()
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "parquet"])

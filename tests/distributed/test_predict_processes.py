@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from harness import ROOT, Outcome, alone_on_the_cpu, start, user_environment
+from hosts import ADDRESSES, two_hosts
 from support import reviews
 from tiny_model import write_model
 
@@ -28,7 +31,7 @@ pytestmark = [
 
 ROWS, PARTS = 120, 12
 PATIENCE = 90.0  # seconds that anything is waited for
-# Texts are slow enough to be met half-way; a file FAST ends that.
+# Texts are slow enough to be met half-way; a file FAST ends that. A file HOLD keeps all parts unfinished.
 SLOW = """
 import os, sys, time
 from pathlib import Path
@@ -38,12 +41,40 @@ from accel_trainer.signals import ignore_stop_signals
 label = bulk_prediction.label_rows
 def slowly(*arguments):
     end = time.monotonic() + 0.5
-    while time.monotonic() < end and not Path("FAST").exists():
+    while Path("HOLD").exists() or (time.monotonic() < end and not Path("FAST").exists()):
         time.sleep(0.02)
     return label(*arguments)
 bulk_prediction.label_rows = slowly
 ignore_stop_signals()
 predict.hardware.end_process(predict.main())
+"""
+# The first process begins to read the inputs when the second one has read them.
+LATE = """
+import os, time
+from pathlib import Path
+from accel_trainer import bulk_prediction, predict
+
+read, is_first = bulk_prediction.read_inputs, os.environ["RANK"] == "0"
+def reading(*arguments):
+    while is_first and not Path("READ").exists():
+        time.sleep(0.02)
+    if is_first:
+        time.sleep(0.5)  # for the second one to go on to what it should not
+    found = read(*arguments)
+    if not is_first:
+        Path("READ").touch()
+    return found
+bulk_prediction.read_inputs = reading
+predict.hardware.end_process(predict.main())
+"""
+# One that is killed while it writes a part.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from accel_trainer.writing import replaced
+with replaced(Path(sys.argv[1])) as writing:
+    writing.touch()
+    os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
@@ -59,6 +90,7 @@ def place(tmp_path: Path) -> Path:
         file.writelines(["id,text\n", *(f"{row['id']},{row['text']}\n" for row in rows[50:90])])
     (folder / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[90:]), encoding="utf-8")
     (tmp_path / "slow.py").write_text(SLOW, encoding="utf-8")
+    (tmp_path / "late.py").write_text(LATE, encoding="utf-8")
     return tmp_path
 
 
@@ -149,9 +181,8 @@ def test_one_is_killed_again_and_again(place: Path) -> None:
         assert len(before) < len(now) < PARTS
         assert before.items() <= now.items()
         before = now
-    left = place / "out" / "c" / ".part-00002.parquet.1.writing"  # as by one that was killed while it wrote
-    left.parent.mkdir(exist_ok=True)
-    left.touch()
+    start([sys.executable, "-c", KILLED, "out/c/part-00002.parquet"], place)
+    assert list(place.rglob("*.writing"))
     outcome = launch(place, 3)
     assert outcome.code == 0, outcome.err
     assert outcome.out.splitlines() == ["out: 120 rows"]
@@ -162,14 +193,20 @@ def test_one_is_killed_again_and_again(place: Path) -> None:
 
 def test_the_others_do_the_work_of_one_that_died(place: Path) -> None:
     """Without a launcher that ends them: two launches of one process share a folder, and one is killed."""
-    one, two = Slow(place, 1), Slow(place, 1)
-    one.wait_for(lambda: len(parts(place)) >= 4)
-    pids = {int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and is_worker(p, place)}
+    (place / "HOLD").touch()
+    launches = Slow(place, 1), Slow(place, 1)
+    launches[0].wait_for(lambda: len(list(place.glob("out/*/.part-*.writing"))) == 2)  # each is at work on one
+    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and is_worker(entry, place)]
     assert len(pids) == 2
-    killed = min(pids)
-    os.kill(killed, signal.SIGKILL)
+    killed = Path("/proc") / str(min(pids))
+    os.kill(int(killed.name), signal.SIGKILL)
+    end = time.monotonic() + PATIENCE
+    while killed.exists():
+        assert time.monotonic() < end
+        time.sleep(0.02)
     (place / "FAST").touch()
-    assert sorted([one.ended() != 0, two.ended() != 0]) == [False, True]
+    (place / "HOLD").unlink()
+    assert sorted(launch.ended() != 0 for launch in launches) == [False, True]
     check_complete(place)
 
 
@@ -228,3 +265,59 @@ def test_a_mistake_that_one_process_meets_is_told(place: Path) -> None:
     said = run.log.read_text()
     assert "c.jsonl: it has changed since the start" in said
     assert "accel_trainer/" not in said
+
+
+def test_what_processes_do_at_the_start_takes_no_order_of_them(place: Path) -> None:
+    """Each is the first of its machine, and the second one of them is ready long before the first."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    launched = []
+    for rank in (0, 1):
+        variables = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+        with (place / f"log{rank}").open("w") as log:
+            launched.append(
+                subprocess.Popen(
+                    [sys.executable, "late.py", *arguments(place)],
+                    cwd=place,
+                    env=user_environment(place, **variables, **meeting),
+                    stdout=log,
+                    stderr=log,
+                )
+            )
+    codes = [process.wait(PATIENCE) for process in launched]
+    assert codes == [0, 0], [(place / f"log{rank}").read_text() for rank in (0, 1)]
+    check_complete(place)
+    assert sorted(path.name for path in (place / "out").iterdir()) == [".claims", ".manifest.json", "a", "b", "c"]
+
+
+def arguments(place: Path) -> list[str]:
+    return ["model", "--input", f"{place}/in/*", "--output", "out", "--rows_per_file", "10"]
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "apart"])
+def test_two_machines(place: Path, tmp_path: Path, shared: bool) -> None:
+    """They share the inputs, and the folder of what is labelled or not; an empty one lies ready for it."""
+    second = place if shared else tmp_path / "second"
+    if not shared:
+        (second / "out").mkdir(parents=True)
+        (second / "model").symlink_to(place / "model")
+        shutil.copy(place / "late.py", second)
+        (second / "READ").symlink_to(place / "READ")
+    config = ROOT / "accelerate_configs" / "multi_cpu_multi_node.yaml"
+    with two_hosts(place, second) as hosts:
+        for rank, host in enumerate(hosts):
+            where = ["--machine_rank", str(rank), "--main_process_ip", ADDRESSES[0]]
+            launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), *where]
+            host.launch([*launcher, "late.py", *arguments(place)])
+        first, other = (host.ended("out") for host in hosts)
+    if shared:
+        assert (first.code, other.code) == (0, 0), first.err + other.err
+        assert [told.err.count("out: 120 rows\n") for told in (first, other)] == [1, 0]
+        check_complete(place)
+    else:
+        assert (first.err + other.err).count("error: ") == 1
+        assert "process 1: --output out: what process 0 wrote there is not to be seen here; name a folder" in first.err
+        assert "exitcode  : 2" in first.err
+        assert not parts(place)
+        assert not list((second / "out").iterdir())

@@ -55,6 +55,23 @@ class NoRows(DataError):
     columns: Sequence[str] = ()
 
 
+class WrongEncoding(DataError):
+    """A text file is not in the encoding that was expected."""
+
+    def __init__(self, what: str, remedy: str) -> None:
+        self.what = what
+        super().__init__(f"{what}; {remedy}")
+
+
+@contextmanager
+def converted_by_the_user() -> Iterator[None]:
+    """Where no recipe can name the encoding of a text file, say what else helps."""
+    try:
+        yield
+    except WrongEncoding as error:
+        raise DataError(f"{error.what}; convert the file to UTF-8") from error
+
+
 _Record = tuple[str, dict[str, Any]]  # place in the file, columns
 
 
@@ -191,11 +208,13 @@ def _text_encoding(file: DataFile, wanted: str | None) -> str:
     # Only then: gb18030 decodes much UTF-8 without complaint, into other characters.
     if _undecodable(file, "gb18030") is None and _has_wide_characters(file):
         if _reads_like_big5(file):
-            raise DataError(
-                f"{file.name}: it is not UTF-8, and decodes as gb18030 as well as Big5, as which it reads better; set "
-                "`dataset.encoding: cp950` if it is Big5, else `dataset.encoding: gb18030`"
+            raise WrongEncoding(
+                f"{file.name}: it is not UTF-8, and decodes as gb18030 as well as Big5, as which it reads better",
+                "set `dataset.encoding: cp950` if it is Big5, else `dataset.encoding: gb18030`",
             )
-        logger.warning("%s is not UTF-8; it is read as gb18030 (set dataset.encoding if it is neither)", file.name)
+        logger.warning(
+            "%s is not UTF-8; it is read as gb18030 (if it is neither, convert it, or set dataset.encoding)", file.name
+        )
         return "gb18030"
     raise _unknown_encoding(file, offset)
 
@@ -230,7 +249,8 @@ def _unknown_encoding(file: DataFile, offset: int) -> DataError:
     """What to say of a file that is neither UTF-8, undecodable at `offset`, nor gb18030."""
     with _opened(file) as stream:
         if stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            return DataError(f"{file.name}: it begins like UTF-16, not UTF-8; set `dataset.encoding: utf-16`")
+            what = f"{file.name}: it begins like UTF-16, not UTF-8"
+            return WrongEncoding(what, "set `dataset.encoding: utf-16`")
     first, undecodable, beyond_ascii = 0, 0, 0
     with _opened(file) as stream:
         for number, line in enumerate(iter(partial(stream.readline, LONGEST_LINE), b""), 1):
@@ -245,9 +265,10 @@ def _unknown_encoding(file: DataFile, offset: int) -> DataError:
             f"{what}; {undecodable} of its {beyond_ascii} lines beyond ASCII {'is' if undecodable == 1 else 'are'} not UTF-8, "
             "so encodings are mixed: write those lines again as UTF-8"
         )
-    return DataError(
-        f"{what}; set `dataset.encoding` to what it is, such as cp1252 for Western Europe (the latin-1 of Windows), cp950, "
-        "shift_jis or euc_kr"
+    return WrongEncoding(
+        what,
+        "set `dataset.encoding` to what it is, such as cp1252 for Western Europe (the latin-1 of Windows), cp950, shift_jis or "
+        "euc_kr",
     )
 
 
@@ -278,9 +299,9 @@ def _lines(file: DataFile, encoding: str, newline: str | None = None) -> Iterato
                     "or write the rows as lines (.jsonl)"
                 )
             if "\0" in line:
-                raise DataError(
-                    f"{file.name}, line {number}: there is a NUL byte, which no text has; remove it, "
-                    "or set `dataset.encoding` if the file is UTF-16"
+                raise WrongEncoding(
+                    f"{file.name}, line {number}: there is a NUL byte, which no text has",
+                    "remove it, or set `dataset.encoding` if the file is UTF-16",
                 )
             yield line
         if number == 0:

@@ -29,6 +29,7 @@ from accel_trainer.bulk_prediction import FORMATS, ROWS_PER_FILE, Options, prepa
 from accel_trainer.callable_module import make_callable
 from accel_trainer.command_line import Parser
 from accel_trainer.data import rows_of_role
+from accel_trainer.data_file import converted_by_the_user
 from accel_trainer.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -87,7 +88,8 @@ def predict_file(
     """
     if target.resolve() == source.resolve():
         raise UserError(f"--output {target}: it is the input; write elsewhere")
-    table = read_files([source])
+    with converted_by_the_user():
+        table = read_files([source])
     present = table.data.column_names
     columns = text_columns(predictor.recipe, table.origins[0].name, present, text_column, text_pair_column)
     carried = carried_columns(present, predictor.label_names)
@@ -99,7 +101,7 @@ def predict_file(
     with open_writer(target, predictor.label_names, schema, keep_formulas=keep_formulas) as writer:
         count = label_tables(predictor, chunks, columns, table.place, 0, writer, schema, tally)
     tell_of_blanks(tally.first_blank, tally.blank)
-    tell_of_formulas(target, tally.defused)
+    tell_of_formulas(target, tally.first_defused, tally.defused)
     return count
 
 
@@ -120,7 +122,8 @@ def evaluate_file(
     Raises:
         UserError: a column is missing, or a label is unknown.
     """
-    table = read_files([source])
+    with converted_by_the_user():
+        table = read_files([source])
     recipe = predictor.recipe
     dataset = recipe.dataset if recipe else DatasetSection(path=str(source), splits=SplitsSection(train="train"))
     settings = recipe.evaluation if recipe else EvaluationSection()

@@ -39,6 +39,7 @@ class Writer(Protocol):
     """Takes rows of one schema, chunk by chunk."""
 
     defused: int  # cells, column names included, that were marked as text for spreadsheets
+    first_defused: tuple[int, str] | None  # its row, of those written, -1 for the column names; and its column
 
     def write(self, rows: pa.Table, labels: Sequence[str], shares: Shares) -> None:
         """Append rows with the predicted label's name and every label's probability."""
@@ -79,6 +80,7 @@ def _json(record: dict[str, Any]) -> str:
 
 class _Jsonl:
     defused = 0
+    first_defused: tuple[int, str] | None = None
 
     def __init__(self, file: Any, label_names: Sequence[str]) -> None:
         self._file, self._label_names = file, label_names
@@ -93,6 +95,8 @@ class _Jsonl:
 class _Csv:
     def __init__(self, file: Any, delimiter: str, columns: Sequence[str], *, keep_formulas: bool) -> None:
         self.defused = 0
+        self.first_defused: tuple[int, str] | None = None
+        self._columns, self._row = columns, -1  # that comes next
         self._keep_formulas = keep_formulas
         # "\r\n", because the module leaves a lone "\r" in a cell unquoted under any other line end.
         self._writer = csv.writer(file, delimiter=delimiter, lineterminator="\r\n")
@@ -106,12 +110,17 @@ class _Csv:
     def _write(self, cells: Sequence[Any]) -> None:
         if not self._keep_formulas:
             plain, cells = cells, [_defused(cell) for cell in cells]
-            self.defused += sum(one is not other for one, other in zip(plain, cells, strict=True))
+            marked = [i for i, (one, other) in enumerate(zip(plain, cells, strict=True)) if one is not other]
+            if marked and not self.defused:
+                self.first_defused = self._row, self._columns[marked[0]]
+            self.defused += len(marked)
+        self._row += 1
         self._writer.writerow(cells)
 
 
 class _Parquet:
     defused = 0
+    first_defused: tuple[int, str] | None = None
 
     def __init__(self, writer: pyarrow.parquet.ParquetWriter, label_names: Sequence[str]) -> None:
         self._writer, self._label_names = writer, label_names

@@ -207,7 +207,7 @@ def text_columns(
     for column, option in zip(columns, ("--text_column", "--text_pair_column"), strict=False):
         if column not in present:
             raise DataError(
-                f"{name} has no column {column!r}; name the column of the text with {option}: {', '.join(present)}"
+                f"{name} has no column {column!r}; it has: {', '.join(present)}; name the column of the text with {option}"
             )
     return columns
 
@@ -220,6 +220,7 @@ class Tally:
     blank: int = 0
     first_blank: str = ""  # its place
     defused: int = 0  # cells that were marked as text for spreadsheets
+    first_defused: str = ""  # its place
 
 
 @dataclass
@@ -290,6 +291,9 @@ def label_tables(
         first += len(rows)
     tally.rows += first - start
     tally.defused += writer.defused
+    if writer.first_defused is not None and not tally.first_defused:
+        row, column = writer.first_defused
+        tally.first_defused = f"the column name {column!r}" if row < 0 else f"{place(start + row)}, column {column!r}"
     return first - start
 
 
@@ -310,11 +314,11 @@ def tell_of_blanks(first: str, count: int) -> None:
         )
 
 
-def tell_of_formulas(where: Path, count: int) -> None:
-    """Warn of cells that were marked as text for spreadsheets, if there are any."""
+def tell_of_formulas(where: Path, first: str, count: int) -> None:
+    """Warn of cells that were marked as text for spreadsheets: the place of the first of them, and how many there are."""
     if count:
         logger.warning(
-            "%s: %d cell%s that a spreadsheet would run as a formula begin%s with an apostrophe; --keep_formulas writes "
+            "%s: %d cell%s that a spreadsheet would run as a formula begin%s with an apostrophe%s: %s; --keep_formulas writes "
             "them as they are, and so do .jsonl and .parquet",
-            *(where, count, *(("s", "") if count > 1 else ("", "s"))),
+            *(where, count, *(("s", "", ", the first") if count > 1 else ("", "s", "")), first),
         )

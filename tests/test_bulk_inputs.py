@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from accel_trainer import bulk_inputs, tables
-from accel_trainer.bulk_inputs import Input, find_inputs, output_name, read_inputs
+from accel_trainer.bulk_files import find_inputs, output_name
+from accel_trainer.bulk_inputs import Input, read_inputs
 from accel_trainer.errors import DataError, UserError
 
 OUT = Path("out")
@@ -146,14 +147,47 @@ def test_no_way_leads_results_to_the_inputs() -> None:
                 found(pattern, output=Path(output))
 
 
-@pytest.mark.parametrize(
-    ("one", "other"), [("in/A.parquet", "more/a.parquet"), ("in/\xe9.csv", "more/e\u0301.parquet")]
-)
+def names(*patterns: str) -> dict[str, str]:
+    return {name: str(path.relative_to(Path.cwd())) for name, path in find_inputs(patterns, OUT).items()}
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders() -> None:
+    """As Spark and Hive write them."""
+    for name in ("in/lang=en/part-0.parquet", "in/lang=de/part-0.parquet", "in/lang=de/part-1.parquet"):
+        parquet(name)
+    assert list(names("in/*en/*", "in/*de/*1.parquet")) == ["part-0", "part-1"]
+    assert names("in/*/*") == {
+        "lang-de-part-0": "in/lang=de/part-0.parquet",
+        "lang-de-part-1": "in/lang=de/part-1.parquet",
+        "lang-en-part-0": "in/lang=en/part-0.parquet",
+    }
+    assert list(names("in/*/*").items()) == list(names("in/*en/*", "in/lang=de/*").items())
+    parquet("more/_x/PART-0.parquet")
+    assert list(names("in/*/*", "more/*/*"))[0::3] == ["in-lang-de-part-0", "more-_x-PART-0"]
+    parquet("in/part-0.csv")
+    assert sorted(names("in/**"))[-1] == "part-0"
+    parquet("in/lang=de-part-0.csv")
+    with pytest.raises(UserError, match=r"both would be labelled into out/lang-de-part-0; rename one"):
+        names("in/**")
+
+
+@pytest.mark.parametrize(("one", "other"), [("in/A.parquet", "in/a.csv"), ("in/\xe9.csv", "in/e\u0301.parquet")])
 def test_names_that_a_mac_does_not_tell_apart(one: str, other: str) -> None:
     for name in (one, other):
         parquet(name)
     with pytest.raises(UserError, match=r"both would be labelled into out/.*, which on some systems is out/"):
-        find_inputs(["in/*", "more/*"], OUT)
+        find_inputs(["in/*"], OUT)
+
+
+def test_a_bracket_in_the_name_of_a_folder() -> None:
+    parquet("in/run[1]/x/a.parquet")
+    with pytest.raises(
+        UserError, match=r"the \[ of a folder's name is written \[\[\]: 'in/run\[\[\]1\]/x/\*\.parquet'"
+    ):
+        found("in/run[1]/x/*.parquet")
+    assert found("in/run[[]1]/x/*.parquet") == ["in/run[1]/x/a.parquet"]
+    with pytest.raises(UserError, match=r"correct the path or pattern$"):
+        found("in/run[2]/*.parquet")
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="no file has such a name there")
@@ -185,7 +219,7 @@ def test_a_home_that_is_not_there() -> None:
     ],
 )
 def test_parts(groups: tuple[int, ...], most: int, parts: list[tuple[int, int]]) -> None:
-    source = Input(Path("a.parquet"), "a", 0, 0, pa.schema([]), groups)
+    source = Input(Path("a.parquet"), "a", 0, 0, pa.schema([]), groups, "")
     assert source.parts(most) == parts
 
 
@@ -240,7 +274,7 @@ def test_an_empty_shard_among_others(name: str) -> None:
 def test_an_empty_shard_with_other_columns() -> None:
     parquet("in/a.parquet")
     Path("in/b.csv").write_text("text,more\n")
-    with pytest.raises(DataError, match=r"b\.csv: the columns 'more' differ in name or type"):
+    with pytest.raises(DataError, match=r"a\.parquet and .*b\.csv: 'more' is in b\.csv alone, so"):
         read()
 
 
@@ -329,8 +363,23 @@ def test_types_of_which_one_would_lose_something_do_not(one: pa.DataType, other:
     for kinds in ((one, other), (other, one)):
         for name, kind in zip("ab", kinds, strict=True):
             parquet(f"in/{name}.parquet", pa.table({"text": ["good"], "v": pa.array([None], kind)}))
-        with pytest.raises(DataError, match=r"a\.parquet and .*b\.parquet: the columns 'v' differ in name or type"):
+        with pytest.raises(DataError, match=r"'v' is \S.* in a\.parquet and \S.* in b\.parquet, so that no one table"):
             read()
+
+
+def test_what_differs_is_told_in_words() -> None:
+    parquet("in/a.parquet", pa.table({"text": ["x"], "id": pa.array([None], pa.null()), "y": [1]}))
+    parquet("in/b.parquet", pa.table({"text": ["x"], "id": [7], "y": [1]}))
+    parquet("in/c/b.parquet", pa.table({"text": pa.array(["x"], pa.large_string()), "id": ["7"], "z": [1]}))
+    with pytest.raises(DataError) as refused:
+        read("in/**/*.parquet")
+    said = str(refused.value).replace(f"{Path.cwd()}/", "")
+    told = [
+        "'y' is in a.parquet alone",
+        "'z' is in b.parquet alone",
+        "'id' is int64 in in/b.parquet and text in in/c/b.parquet",  # a third file's, as those of null go with all
+    ]
+    assert said.startswith(f"in/a.parquet and in/c/b.parquet: {'; '.join(told)}, so that")
 
 
 def test_values_that_do_not_fit_are_no_damage() -> None:

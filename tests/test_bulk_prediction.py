@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
@@ -23,13 +24,15 @@ from harness import alone_on_the_cpu
 from support import reviews, write_csv
 from tiny_model import write_model
 
-from accel_trainer import bulk_prediction, predict
-from accel_trainer.bulk_inputs import find_inputs, output_name
-from accel_trainer.bulk_prediction import MANIFEST, Options, _in_turn, prepare, work
+from accel_trainer import bulk_folder, bulk_prediction, claims, predict, predictor
+from accel_trainer.bulk_files import find_inputs, output_name
+from accel_trainer.bulk_folder import MANIFEST
+from accel_trainer.bulk_prediction import Options, _in_turn, prepare, work
 from accel_trainer.claims import Claims
-from accel_trainer.errors import Interrupted
+from accel_trainer.errors import Interrupted, RunFolderError, UserError
 from accel_trainer.predict import load_predictor, predict_file
 from accel_trainer.signals import interrupted_by_signals
+from accel_trainer.tracking import speak_on
 from accel_trainer.writing import created
 
 
@@ -171,7 +174,9 @@ def test_the_precision_of_the_launch(model: Path, monkeypatch: pytest.MonkeyPatc
     with alone_on_the_cpu(Path("cache").absolute()):
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
         label(model, output="half")
-        with pytest.raises(bulk_prediction.RunFolderError, match="other values of mixed_precision"):
+        with pytest.raises(
+            RunFolderError, match="mixed_precision of the accelerate config is bf16, and was no when the folder was"
+        ):
             label(model)
     whole, half = (np.asarray([list(r.values()) for r in pq.read_table(f)["probabilities"].to_pylist()])
                    for f in (*files(), *files("half")))  # fmt: skip
@@ -192,8 +197,8 @@ def test_what_is_there_is_not_done_again(model: Path, monkeypatch: pytest.Monkey
     alive.write_text("half")
     os.utime(left, (1, 1))  # years ago
     called = []
-    label_rows = bulk_prediction.label_rows
-    monkeypatch.setattr(bulk_prediction, "label_rows", lambda *a: (called.append(len(a[1])), label_rows(*a))[1])
+    label_rows = predictor.label_rows
+    monkeypatch.setattr(predictor, "label_rows", lambda *a: (called.append(len(a[1])), label_rows(*a))[1])
     label(model, rows_per_file=10)
     assert called == [10]
     assert {path: Path(path).stat().st_mtime_ns for path in files() if path != gone}.items() <= before.items()
@@ -274,14 +279,14 @@ def test_a_part_that_two_do_at_once_is_whole(model: Path, monkeypatch: pytest.Mo
     write(Path("in/a.parquet"), rows_of(0, 20))
     options = Options(["in/*"], Path("out"), rows_per_file=10)
     job, other = prepare(str(model), options), prepare(str(model), options)
-    label_rows = bulk_prediction.label_rows
+    label_rows = predictor.label_rows
 
     def meanwhile(*arguments: Any) -> Any:
-        monkeypatch.setattr(bulk_prediction, "label_rows", label_rows)
+        monkeypatch.setattr(predictor, "label_rows", label_rows)
         work(other)
         return label_rows(*arguments)
 
-    monkeypatch.setattr(bulk_prediction, "label_rows", meanwhile)
+    monkeypatch.setattr(predictor, "label_rows", meanwhile)
     work(job)
     assert pd.read_parquet("out")["id"].tolist() == list(range(20))
     assert not list(Path("out").rglob("*.writing"))
@@ -306,7 +311,7 @@ def test_an_unfinished_file_that_is_gone(model: Path, monkeypatch: pytest.Monkey
         label(model)
         assert pd.read_parquet("out")["id"].tolist() == list(range(20))
     else:
-        with pytest.raises(bulk_prediction.UserError, match=r"part-00000\.parquet: No such file"):
+        with pytest.raises(UserError, match=r"part-00000\.parquet: No such file"):
             label(model)
 
 
@@ -339,7 +344,10 @@ def test_rows_without_text_and_formulas_are_told(model: Path, capsys: pytest.Cap
     code, said = run(model, capsys, "--input", "in/*", "--output", "out", "--rows_per_file", "10", "--format", "csv")
     assert code == 0
     assert "in/a.parquet, row 13 and 1 more row: there is no text" in said
-    assert "out: 1 cell that a spreadsheet would run" in said
+    assert "out: 1 cell that a spreadsheet would run as a formula begins with an apostrophe: " in said
+    assert "in/a.parquet, row 27, column 'text'; --keep_formulas" in said
+    assert "out: 30 rows in 3 files, 0 of them" in said
+    assert "one: 30 rows in 1 file, 0 of them" in run(model, capsys, "--input", "in/*", "--output", "one")[1]
 
 
 def test_results_among_the_inputs_are_never_taken_for_them(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -360,27 +368,29 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "a folder": (["--input", "in"], r"--input in: this is a folder; name the files in it, such as 'in/\*\.parquet'"),
     "an address": (["--input", "s3://b/a.parquet"], "only files of this machine"),
     "no table": (["--input", "in/*", "other/notes.md"], r"notes\.md: its extension does not tell the format"),
-    "one name": (["--input", "in/*", "other/a.csv"], r"in/a\.parquet and .*other/a\.csv: both would be labelled into out/a"),
+    "one name": (["--input", "third/b*"], r"third/b\.csv and .*third/b\.jsonl: both would be labelled into out/b"),
     "output among inputs": (["--output", "in"], r"--input in/\*: in/a\.parquet lies in --output in; name another"),
     "inputs in output": (["--input", "in/a.parquet", "--output", "."], r"in/a\.parquet lies in --output \."),
     "a file": (["--output", "other/notes.md"], "other/notes.md: it is a file; name a folder"),
     "the file form": (["--output", "out.csv"], "--output out.csv: this form writes a folder"),
     "something else": (["--output", "other"], r"--output other: there is something else in it, such as a\.csv"),
-    "no column": (["--text_column", "review"], r"in/a\.parquet has no column 'review'; .*--text_column: id, text"),
+    "no column": (["--text_column", "review"], r"in/a\.parquet has no column 'review'; it has: id, text; .*--text_column"),
     "no pair column": (["--text_pair_column", "b"], "has no column 'b'; .*--text_pair_column"),
     "in one of them": (["--input", "in/*", "other/z.jsonl"], r"other/z\.jsonl has no column 'text'"),
     "numbers": (["--text_column", "id"], r"in/a\.parquet: column 'id' holds int64, not text"),
-    "columns differ": (["--input", "in/*", "other/w.jsonl"], r"w\.jsonl: the columns 'id', 'more' differ in name or type"),
-    "types differ": (["--input", "in/*", "other/v.csv"], r"v\.csv: the columns 'id' differ in name or type"),
+    "columns differ": (["--input", "in/*", "other/w.jsonl"], r"'id' is in a\.parquet alone; 'more' is in w\.jsonl alone, so"),
+    "types differ": (["--input", "in/*", "other/v.csv"], r"'id' is int64 in a\.parquet and text in v\.csv \(as all of a CSV"),
     "damaged": (["--input", "in/*", "other/d.parquet"], r"other/d\.parquet: the file is damaged"),
     "a broken line": (["--input", "in/*", "other/e.jsonl"], r"other/e\.jsonl, line 2: this is not JSON"),
+    "no UTF-8": (["--input", "other/u.csv"], r"other/u\.csv: it begins like UTF-16, not UTF-8; convert the file to UTF-8$"),
+    "below a file": (["--output", "in/a.parquet/out"], r"--output in/a\.parquet/out: Not a directory; name a folder that you"),
     "null in parquet": (["--input", "in/*", "other/n.parquet"], r"n\.parquet, row 12: column 'text' holds no text"),
     "null in jsonl": (["--input", "in/*", "other/m.jsonl"], r"m\.jsonl, row 2: column 'text' holds no text"),
     "a link to nothing": (["--input", "in/*", "other/l.parquet"], r"other/l\.parquet: this is a link to nothing, .*other/gone"),
     "a folder among them": (["--input", "*/*"], r"other/s\.parquet: this is a folder; name the files in it: .*/\*\.parquet"),
     "one file twice": (["--input", "in/*", "other/c.parquet"], r"in/a\.parquet and .*other/c\.parquet: both are links to"),
-    "nearly one name": (["--input", "in/*", "third/A.csv"], r"third/A\.csv: both would be labelled into out/A, which on some"),
-    "whole and broken": (["--input", "in/*", "other/f.parquet"], r"f\.parquet: the columns 'id' differ in name or type"),
+    "nearly one name": (["--input", "third/[Ac]*", "third/a*"], r"third/a\.jsonl: both would be labelled into out/a, which on some"),
+    "whole and broken": (["--input", "in/*", "other/f.parquet"], r"'id' is int64 in a\.parquet and double in f\.parquet"),
     "null alone": (["--input", "in/*", "other/o.parquet"], r"o\.parquet, row 1: column 'text' holds no text"),
     "no rows at all": (["--input", "other/h.csv", "other/i.jsonl"], r"other/h\.csv and 1 more: there are no rows to label"),
     "no rows": (["--rows_per_file", "0"], "--rows_per_file 0: give a number of rows"),
@@ -411,7 +421,9 @@ def test_mistakes_are_told_before_anything_is_computed(
     write(other / "f.parquet", [{"id": 1.5, "text": "good"}])
     write(other / "o.parquet", [{"id": 1, "text": None}])
     Path("third").mkdir()
-    write(Path("third/A.csv"), rows_of(0, 3))
+    for name in ("A.csv", "a.jsonl", "b.csv", "b.jsonl"):
+        write(Path("third", name), rows_of(0, 3))
+    (other / "u.csv").write_text("id,text\n1,good\n", encoding="utf-16")
     (other / "h.csv").write_text("id,text\n")
     (other / "i.jsonl").touch()
     (other / "l.parquet").symlink_to("gone")
@@ -420,15 +432,14 @@ def test_mistakes_are_told_before_anything_is_computed(
     arguments, message = MISTAKES[mistake]
     given = arguments if "--input" in arguments else ["--input", "in/*", *arguments]
     given = given if "--output" in given else [*given, "--output", "out"]
-    monkeypatch.setattr(bulk_prediction, "label_rows", None)
+    monkeypatch.setattr(predictor, "label_rows", None)
     before = set(Path().rglob("*"))
     code, said = run(model, capsys, *given)
     assert (code, said.count("error: ")) == (2, 1), said
     assert re.search(message, said), said
     assert "Traceback" not in said
     left = {str(path) for path in set(Path().rglob("*")) - before if path.parts[0] != "cache"}
-    assert left <= {"out", f"out/{MANIFEST}", "out/.claims"}
-    assert not left or mistake == "no tokens"
+    assert not left
 
 
 def test_of_two_jobs_that_begin_at_once_one_gets_the_folder(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -436,12 +447,12 @@ def test_of_two_jobs_that_begin_at_once_one_gets_the_folder(model: Path, monkeyp
     write(Path("in/a.parquet"), rows_of(0, 20))
 
     def late(path: Path) -> Any:
-        monkeypatch.setattr(bulk_prediction, "created", created)
+        monkeypatch.setattr(bulk_folder, "created", created)
         label(model, rows_per_file=10)
         return created(path)
 
-    monkeypatch.setattr(bulk_prediction, "created", late)
-    with pytest.raises(bulk_prediction.RunFolderError, match="begun with other values of rows_per_file"):
+    monkeypatch.setattr(bulk_folder, "created", late)
+    with pytest.raises(RunFolderError, match="--rows_per_file is 5, and was 10 when the folder was begun"):
         label(model, rows_per_file=5)
     assert len(files()) == 2
 
@@ -458,8 +469,8 @@ def test_a_machine_with_other_files_is_told(
     monkeypatch.setattr(bulk_prediction.hardware, "from_main_process", as_the_first_one_has_it)
     code, said = run(model, capsys, "--input", "in/*", "--output", "out")
     assert code == 2
-    assert "--output out: process 0 began with other values of inputs, inputs.a.path, inputs.a.bytes" in said
-    assert "give all machines the same files and options" in said
+    assert "in/a.parquet was not among the inputs on process 0; give all machines the same files and options" in said
+    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", "7", '{"a": ' * 100_000, b"\xff"])
@@ -475,7 +486,7 @@ def test_a_damaged_manifest(model: Path, capsys: pytest.CaptureFixture[str], dam
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize("changed", ["model", "input", "rows", "columns", "format", "fewer"])
+@pytest.mark.parametrize("changed", ["model", "input", "rows", "columns", "format", "fewer", "more", "renamed"])
 def test_a_folder_of_another_job_is_refused(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: str
 ) -> None:
@@ -486,25 +497,149 @@ def test_a_folder_of_another_job_is_refused(
     before = {path: Path(path).stat().st_mtime_ns for path in files()}
     assert run(model, capsys, *same, "--max_tokens_per_device", "64")[0] == 0  # rounding only
     expected = {
-        "model": "model.model.safetensors",
-        "input": "inputs.b.mtime_ns",
-        "rows": "rows_per_file",
-        "columns": "columns",
-        "format": "format",
-        "fewer": "inputs.b.path, inputs.b.bytes",
+        "model": "the model's model.safetensors is not what it was when the folder was begun",
+        "input": "in/b.parquet is not the file that it was when",
+        "rows": "--rows_per_file is 5, and was 20000 when",
+        "columns": "the column of the text is [other], and was [text] when",
+        "format": "--format is csv, and was parquet when",
+        "fewer": "in/b.parquet was among the inputs when the folder was begun, and is not now",
+        "more": "in/c.parquet was not among the inputs when the folder was begun; label new files alone, into a folder of",
+        "renamed": "in/a.parquet would go to in-a/, and went to a/ when",
     }[changed]
     more = {"rows": ["--rows_per_file", "5"], "columns": ["--text_column", "other"], "format": ["--format", "csv"]}
     if changed == "model":
         model = write_model(tmp_path / "another", seed=1)
-    elif changed == "input":
-        os.utime("in/b.parquet", ns=(1, 1))
+    elif changed == "input":  # of one size, and the time set back
+        status = Path("in/b.parquet").stat()
+        Path("in/b.parquet").write_bytes(Path("in/b.parquet").read_bytes().replace(b"good", b"evil"))
+        os.utime("in/b.parquet", ns=(status.st_atime_ns, status.st_mtime_ns))
     elif changed == "fewer":
         same[1] = "in/a*"
+    elif changed in ("more", "renamed"):
+        name = "in/c.parquet" if changed == "more" else "other/a.parquet"
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_bytes(Path("in/a.parquet").read_bytes())
+        same.insert(1, name)
     code, said = run(model, capsys, *same, *more.get(changed, []))
     assert code == 2
     assert expected in said
-    assert "delete this one" in said
+    assert ("delete this one" in said) == (changed not in ("more", "renamed"))
     assert {path: Path(path).stat().st_mtime_ns for path in files()} == before
+
+
+def test_a_folder_of_another_version(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(Path("in/a.parquet"), rows_of(0, 2))
+    Path("out").mkdir()
+    Path("out", MANIFEST).write_text('{"layout": 1, "inputs": {"a": {"path": "a.parquet", "mtime_ns": 7}}}')
+    code, said = run(model, capsys, "--input", "in/*", "--output", "out")
+    assert code == 2
+    assert "another version of accel_trainer was at work when the folder was begun; give the same" in said
+
+
+def test_inputs_that_were_copied_elsewhere_are_the_same(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.parquet", "b.csv", "c.jsonl.gz"):
+        write(Path("in", name), [{**row, "id": str(row["id"])} for row in rows_of(0, 20)])
+    label(model)
+    Path("moved").mkdir()
+    for path in Path("in").iterdir():
+        Path("moved", path.name).write_bytes(path.read_bytes())
+        os.utime(Path("moved", path.name), ns=(1, 1))
+        path.unlink()
+    monkeypatch.setattr(predictor, "label_rows", None)
+    label(model, "moved/*")
+
+
+def test_a_start_that_fails_leaves_what_was_there(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(Path("in/a.parquet"), rows_of(0, 2))
+    wrong = ["--input", "in/*", "--output", "out", "--max_tokens_per_device", "0"]
+    Path("out").mkdir()
+    assert run(model, capsys, *wrong)[0] == 2
+    assert not list(Path("out").iterdir())
+    label(model)
+    before = sorted(Path("out").rglob("*"))
+    assert run(model, capsys, *wrong)[0] == 2
+    assert sorted(Path("out").rglob("*")) == before
+
+
+def test_a_start_that_fails_leaves_a_folder_that_another_launch_has_joined(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(Path("in/a.parquet"), rows_of(0, 20))
+    on = bulk_prediction.TrainedModel.on
+
+    def meanwhile(*arguments: Any) -> Any:
+        monkeypatch.setattr(bulk_prediction.TrainedModel, "on", on)
+        label(model)
+        raise UserError("no")
+
+    monkeypatch.setattr(bulk_prediction.TrainedModel, "on", meanwhile)
+    with pytest.raises(UserError, match="no"):
+        label(model)
+    assert sorted(path.name for path in Path("out").iterdir()) == [".claims", MANIFEST, "a"]
+
+
+@pytest.mark.parametrize("format", ["parquet", "jsonl", "csv"])
+def test_a_part_that_was_damaged_is_done_again(model: Path, capsys: pytest.CaptureFixture[str], format: str) -> None:
+    write(Path("in/a.parquet"), rows_of(0, 40))
+    line = ["--input", "in/*", "--output", "out", "--rows_per_file", "10", "--format", format]
+    assert run(model, capsys, *line)[0] == 0
+    paths = list(map(Path, files()))
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
+    paths[1].write_bytes(b"")
+    paths[2].write_bytes(before[paths[2]][0][:-7])
+    if format == "parquet":
+        pq.write_table(pq.read_table(paths[3]).slice(1), paths[3])
+    damaged = paths[1:] if format == "parquet" else paths[1:3]
+    code, said = run(model, capsys, *line)
+    assert code == 0
+    for path in paths:
+        assert (f"{path}: it is damaged (" in said) == (path in damaged)
+        assert path.read_bytes() == before[path][0]
+        assert (path.stat().st_mtime_ns == before[path][1]) == (path not in damaged)
+
+
+def test_each_process_tells_of_the_damage_that_it_finds(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(Path("in/a.parquet"), rows_of(0, 20))
+    label(model, rows_per_file=10)
+    for path in files():
+        Path(path).write_bytes(b"")
+    job = prepare(str(model), Options(["in/*"], Path("out"), rows_per_file=10))
+    speak_on(False)
+    work(bulk_prediction.Job(**{**vars(job), "process": 1, "processes": 2}))
+    said = capsys.readouterr().err
+    assert [f"{path}: it is damaged" in said for path in files()] == [False, True]
+
+
+def test_parts_without_rows_are_not_damaged(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(Path("in/a.parquet"), rows_of(0, 4))
+    pq.write_table(pq.read_table("in/a.parquet").slice(0, 0), "in/b.parquet")
+    for format in ("parquet", "jsonl", "csv"):
+        for _ in range(2):
+            code, said = run(model, capsys, "--input", "in/*", "--output", format, "--format", format)
+            assert code == 0
+            assert "damaged" not in said
+
+
+@pytest.mark.parametrize("when", ["at the start", "at work"])
+def test_locks_that_fail_are_told(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """As those of a network's file system, whose server was exchanged."""
+    write(Path("in/a.parquet"), rows_of(0, 20))
+    lockf, calls = claims.fcntl.lockf, []
+
+    def stale(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if when == "at the start" or len(calls) > 6:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return lockf(*arguments)
+
+    monkeypatch.setattr(claims.fcntl, "lockf", stale)
+    code, said = run(model, capsys, "--input", "in/*", "--output", "out", "--rows_per_file", "10")
+    assert code == 2
+    assert f"--output out: {os.strerror(errno.ESTALE)}; " in said
+    assert "Traceback" not in said
+    assert len(files()) == (when == "at work")
 
 
 def test_a_disk_that_is_full_and_goes_on(
@@ -512,7 +647,7 @@ def test_a_disk_that_is_full_and_goes_on(
 ) -> None:
     write(Path("in/a.parquet"), rows_of(0, 40))
     arguments = ["--input", "in/*", "--output", "out", "--rows_per_file", "10"]
-    label_rows, seen = bulk_prediction.label_rows, []
+    label_rows, seen = predictor.label_rows, []
 
     def full(*given: Any) -> Any:
         seen.append(1)
@@ -521,7 +656,7 @@ def test_a_disk_that_is_full_and_goes_on(
         return label_rows(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(bulk_prediction, "label_rows", full)
+        patch.setattr(predictor, "label_rows", full)
         code, said = run(model, capsys, *arguments)
     assert code == 2
     assert "part-00002.parquet: No space left on device; make space" in said

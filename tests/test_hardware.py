@@ -368,7 +368,10 @@ def others_say(monkeypatch: pytest.MonkeyPatch, *messages: str | None) -> Any:
 
 
 def test_a_mistake_on_one_process_is_raised_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"^process 2: theirs$"), hardware.together(others_say(monkeypatch, None, "theirs")):
+    with (
+        pytest.raises(UserError, match=r"^process 2: theirs$"),
+        hardware.together(others_say(monkeypatch, None, "theirs")),
+    ):
         pass
     with pytest.raises(DataError, match="mine"), hardware.together(others_say(monkeypatch, "theirs")):
         raise DataError("mine")

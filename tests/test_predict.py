@@ -173,6 +173,7 @@ def test_no_spreadsheet_runs_a_cell(
         assert {row[2] for row in found} <= {f"{mark}-no", f"{mark}=yes"}
         count = 1 + len(RUN) + len(found)
         assert said == "" if kept else f"{target}: {count} cells that a spreadsheet would run" in said
+        assert kept or "with an apostrophe, the first: the column name '=id';" in said
         return
     assert said == ""
     if suffix == ".jsonl":
@@ -277,9 +278,20 @@ def test_a_target_that_cannot_be(predictor: Predictor, tmp_path: Path) -> None:
 
 def test_a_missing_column(predictor: Predictor, tmp_path: Path) -> None:
     source = write_csv(tmp_path / "in.csv", reviews(3), ("review", "stars"))
-    with pytest.raises(DataError, match=r"in\.csv has no column 'text'; .*--text_column: review, stars"):
+    with pytest.raises(DataError, match=r"in\.csv has no column 'text'; it has: review, stars; name .*--text_column"):
         predict_file(predictor, source, tmp_path / "out.csv", None)
     assert predict_file(predictor, source, tmp_path / "out.csv", "review") == 3
+
+
+def test_no_recipe_key_is_named_for_an_encoding(predictor: Predictor, tmp_path: Path) -> None:
+    source = tmp_path / "in.csv"
+    source.write_text("text,label\ngood,yes\n", encoding="utf-16")
+    for use in (
+        lambda: predict_file(predictor, source, tmp_path / "out.csv", None),
+        lambda: evaluate_file(predictor, source),
+    ):
+        with pytest.raises(DataError, match=r"begins like UTF-16, not UTF-8; convert the file to UTF-8$"):
+            use()
 
 
 @pytest.mark.parametrize("cell", [None, 3])
@@ -371,7 +383,7 @@ def test_the_output_is_named_in_any_script_on_any_stream(
     with alone_on_the_cpu(tmp_path / "cache"):
         assert predict.main([str(run.folder), "--input", str(source), "--output=~/面"]) == 0
     assert (tmp_path / "面/in/part-00000.parquet").exists()
-    assert rb"/\u9762: 1 rows" in said.getvalue()
+    assert said.getvalue().endswith(rb"/\u9762: 1 row" + b"\n")
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "parquet"])

@@ -35,16 +35,16 @@ PATIENCE = 90.0  # seconds that anything is waited for
 SLOW = """
 import os, sys, time
 from pathlib import Path
-from accel_trainer import bulk_prediction, predict
+from accel_trainer import predict, predictor
 from accel_trainer.signals import ignore_stop_signals
 
-label = bulk_prediction.label_rows
+label = predictor.label_rows
 def slowly(*arguments):
     end = time.monotonic() + 0.5
     while Path("HOLD").exists() or (time.monotonic() < end and not Path("FAST").exists()):
         time.sleep(0.02)
     return label(*arguments)
-bulk_prediction.label_rows = slowly
+predictor.label_rows = slowly
 ignore_stop_signals()
 predict.hardware.end_process(predict.main())
 """
@@ -320,4 +320,5 @@ def test_two_machines(place: Path, tmp_path: Path, shared: bool) -> None:
         assert "process 1: --output out: what process 0 wrote there is not to be seen here; name a folder" in first.err
         assert "exitcode  : 2" in first.err
         assert not parts(place)
+        assert not (place / "out").exists()
         assert not list((second / "out").iterdir())

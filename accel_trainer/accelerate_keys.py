@@ -50,8 +50,6 @@ DYNAMO_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-c
 REFUSED = {
     "DEEPSPEED": "DeepSpeed owns the optimizer step and pickles its checkpoints; use multi_gpu.yaml instead",
     "MEGATRON_LM": "Megatron-LM owns the training loop; use multi_gpu.yaml instead",
-    "FSDP": "a checkpoint of sharded weights cannot be gone on from yet; use multi_gpu.yaml, and "
-    "--gradient_checkpointing where memory is short",
 }
 
 KEYS: dict[str, Kind] = {

@@ -12,7 +12,7 @@ import re
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -405,27 +405,32 @@ def from_main_process(accelerator: Accelerator, value: Any) -> Any:
     return json.loads(_bytes_from_main_process(accelerator, sent).numpy().tobytes())
 
 
-def tensors_from_main_process(accelerator: Accelerator, tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
+def tensors_from_main_process(
+    accelerator: Accelerator,
+    tensors: dict[str, Tensor] | None,
+    keep: Callable[[str, Tensor], Tensor] = lambda _name, tensor: tensor,
+) -> dict[str, Tensor]:
     """The main process's tensors on every process, on the CPU, to the bit. Collective.
 
     Args:
         accelerator: the run's.
         tensors: on the CPU; None on other processes.
+        keep: what a process wants of a tensor, by its name; the rest is let go before the next one is sent.
     """
     if accelerator.num_processes == 1:
         return tensors or {}
     own = tensors if tensors is not None and accelerator.is_main_process else {}
     listed = [[name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in own.items()]
-    found = dict(own)
+    found: dict[str, Tensor] = {}
     for name, dtype, shape in from_main_process(accelerator, listed):
-        if not accelerator.is_main_process:
-            found[name] = torch.zeros(shape, dtype=getattr(torch, dtype))
-        flat = found[name].contiguous().reshape(-1).view(torch.uint8)
+        tensor = own[name] if accelerator.is_main_process else torch.zeros(shape, dtype=getattr(torch, dtype))
+        flat = tensor.contiguous().reshape(-1).view(torch.uint8)
         for start in range(0, len(flat), SENT_AT_ONCE):  # a large tensor would take a card's memory once more
             part = flat[start : start + SENT_AT_ONCE]
             sent = _bytes_from_main_process(accelerator, part)
             if not accelerator.is_main_process:
                 part.copy_(sent)
+        found[name] = keep(name, tensor)
     return found
 
 

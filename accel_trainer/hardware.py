@@ -21,13 +21,20 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, gather, operations, pad_across_processes
+from accelerate.utils import (
+    DistributedType,
+    DynamoBackend,
+    GradientAccumulationPlugin,
+    gather,
+    operations,
+    pad_across_processes,
+)
 from torch import Tensor
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from accel_trainer import COLLECTION_THRESHOLD
-from accel_trainer.accelerate_keys import REFUSED
+from accel_trainer.accelerate_keys import FSDP_MUST, FSDP_PRECISIONS, REFUSED, fsdp_remedy
 from accel_trainer.batching import token_budget
 from accel_trainer.errors import HardwareError, OutOfMemory, ProcessLost, UserError
 from accel_trainer.redaction import without_secrets
@@ -101,7 +108,31 @@ def start_accelerator(
     reason = REFUSED.get(accelerator.distributed_type.value)
     if reason is not None:
         raise HardwareError(f"accelerate config: distributed_type {accelerator.distributed_type.value}: {reason}")
+    if accelerator.distributed_type is DistributedType.FSDP:
+        check_fsdp(accelerator)
     return accelerator
+
+
+def check_fsdp(accelerator: Accelerator) -> None:
+    """See that FSDP is asked for as this program keeps its promise with it.
+
+    Raises:
+        HardwareError: it is not.
+    """
+    for key, must in FSDP_MUST.items():
+        said = os.environ.get(must.environment or f"FSDP_{key.upper()}", must.unsaid)
+        if said.lower() not in must.values:
+            raise HardwareError(f"accelerate config: fsdp_{key} {said or 'left out'}: {must.why}; {fsdp_remedy(key)}")
+    if accelerator.mixed_precision not in FSDP_PRECISIONS:
+        raise HardwareError(
+            f'accelerate config: mixed_precision {accelerator.mixed_precision} has not been tried with FSDP; use bf16 or "no"'
+        )
+    if accelerator.state.dynamo_plugin.backend is not DynamoBackend.NO:
+        raise HardwareError("accelerate config: compiling has not been tried with FSDP; remove dynamo_config")
+    if accelerator.parallelism_config is not None:
+        raise HardwareError(
+            "accelerate config: FSDP in several dimensions has not been tried; remove parallelism_config"
+        )
 
 
 def meeting_place() -> str:
@@ -418,7 +449,7 @@ def tensors_from_main_process(
         keep: what a process wants of a tensor, by its name; the rest is let go before the next one is sent.
     """
     if accelerator.num_processes == 1:
-        return tensors or {}
+        return {name: keep(name, tensor) for name, tensor in (tensors or {}).items()}
     own = tensors if tensors is not None and accelerator.is_main_process else {}
     listed = [[name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in own.items()]
     found: dict[str, Tensor] = {}

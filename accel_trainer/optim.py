@@ -86,7 +86,9 @@ def build_optimizer(
         return Adafactor(  # type: ignore[no-untyped-call]
             groups, lr=section.learning_rate, scale_parameter=False, relative_step=False
         )
-    return torch.optim.SGD(groups, lr=section.learning_rate, fused=is_fused and not sharded)  # torch 2.13 has none for shares
+    return torch.optim.SGD(
+        groups, lr=section.learning_rate, fused=is_fused and not sharded
+    )  # torch 2.13 has none for shares
 
 
 def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float | None) -> Tensor:
@@ -105,7 +107,9 @@ def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float |
         return whole(torch.as_tensor(accelerator.clip_grad_norm_(model.parameters(), bound)))
     # Nobody waits for a look at a number on a CPU, and it mostly saves a pass over all gradients to multiply them by 1.
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    norm = whole(torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None]))
+    norm = whole(
+        torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    )
     if max_norm is not None and norm + CLIP_EPSILON > max_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm

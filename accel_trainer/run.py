@@ -48,7 +48,7 @@ from accel_trainer.plan import TrainingPlan
 from accel_trainer.recipe_file import to_yaml
 from accel_trainer.redaction import without_secrets
 from accel_trainer.run_folder import LAST_WORDS, RunFolder, write_json, write_text
-from accel_trainer.sharding import gathered, set_precision, share, shards
+from accel_trainer.sharding import gathered, set_precision, shards, share
 from accel_trainer.tokenization import tokenizer_sha256
 from accel_trainer.tracking import logger, start_trackers, track
 
@@ -161,6 +161,7 @@ def prepare(
             packed=packed,
             num_processes=accelerator.num_processes,
             mixed_precision=accelerator.mixed_precision,
+            sharded=shards(accelerator),
         ).budget(longest)
     max_tokens = hardware.tokens_per_device(accelerator, needs, max_tokens_per_device)
     groups = parameter_groups(inputs.model, recipe.training)

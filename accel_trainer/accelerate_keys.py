@@ -72,8 +72,8 @@ FSDP_MUST = {
     "auto_wrap_policy": Must(
         ("transformer_based_wrap",),
         "NO_WRAP",
-        "it is layer by layer that weights are put together; all at once they would need the memory that FSDP saves, and smaller "
-        "parts are not always called by themselves",
+        "weights are put together layer by layer: all at once they need the memory that FSDP saves, and smaller parts are not "
+        "always called by themselves",
         unsaid="NO_WRAP",
     ),
     "transformer_layer_cls_to_wrap": Must(

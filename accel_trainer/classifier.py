@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from accel_trainer import attention, dropout, last_layer
 from accel_trainer.dropout import ForwardPass
-from accel_trainer.model import encoder_layers, is_stock_encoder
+from accel_trainer.model import is_stock_encoder
 from accel_trainer.packing import Packing
 from accel_trainer.tokenization import OFFSET_POSITIONS, Batch
 
@@ -36,9 +36,6 @@ class Classifier(nn.Module):
         self.can_pack = attention.install(model) and last_layer.install(model, self.forward_pass)
         if self.can_pack:
             model.base_model.forward = BaseModel(model.base_model, self.forward_pass)
-        # Where Accelerate looks for what FSDP shards by itself. The families' own lists lack the layers of some, and they name
-        # smaller parts, which are not always called as modules.
-        self._no_split_modules = sorted({type(layer).__name__ for layer in encoder_layers(model) or ()})
 
     @property
     def is_known(self) -> bool:

@@ -214,7 +214,8 @@ def training_needs(
             weights=weights // num_processes + together,
             gradients=SCALAR * sum(trainable) // num_processes,
             optimizer=optimizer // num_processes,
-            beside=fixed + together + PROCESS,  # their gradients, on the way to those who hold them
+            beside=together
+            + PROCESS,  # their gradients, on the way to those who hold them; no other copy of weights is kept
             kept=kept,
             layer=layer,
         )

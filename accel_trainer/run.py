@@ -48,7 +48,7 @@ from accel_trainer.plan import TrainingPlan
 from accel_trainer.recipe_file import to_yaml
 from accel_trainer.redaction import without_secrets
 from accel_trainer.run_folder import LAST_WORDS, RunFolder, write_json, write_text
-from accel_trainer.sharding import gathered, set_precision, shards, share
+from accel_trainer.sharding import gathered, make_ready, shards, share
 from accel_trainer.tokenization import tokenizer_sha256
 from accel_trainer.tracking import logger, start_trackers, track
 
@@ -169,7 +169,7 @@ def prepare(
     # The schedule stays unprepared: Accelerate's wrapper would move it once per process and update.
     scheduler = build_scheduler(optimizer, recipe.training, plan)
     if shards(accelerator):
-        set_precision(accelerator, classifier)
+        make_ready(accelerator, classifier)
     model, prepared = accelerator.prepare(classifier, optimizer)
     if recipe.tracking.report_to:
         settings = {key: without_secrets(str(value)) for key, value in flat(recipe.model_dump(mode="json")).items()}

@@ -14,6 +14,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from accel_trainer.classifier import Classifier
+from accel_trainer.errors import HardwareError
+from accel_trainer.model import encoder_layers
+
 
 def shards(accelerator: Accelerator) -> bool:
     """Whether the launch asks for shares."""
@@ -25,18 +29,32 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def set_precision(accelerator: Accelerator, model: nn.Module) -> None:
-    """Let a model that Accelerate is about to shard compute in the launch's precision as any other does.
+def make_ready(accelerator: Accelerator, classifier: Classifier) -> None:
+    """Tell Accelerate, which is about to shard a classifier, what is gathered by itself, and in which precision it computes.
 
     Shares stay float32, and gradients are added up in it. A layer's weights travel and compute in bf16, for else every layer's
     bf16 copy would be kept until its backward pass, on every process. What stands between them is autocast's, which Accelerate
     leaves out under FSDP; its own policy would have all of it in bf16, the sums of gradients too.
+
+    Raises:
+        HardwareError: it has weights that cannot be shared out.
     """
+    met: dict[nn.Parameter, str] = {}
+    for name, parameter in classifier.model.named_parameters(remove_duplicate=False):
+        if parameter.dim() == 0:
+            raise HardwareError(f"model: FSDP cannot share out {name}, which is a single number; use multi_gpu.yaml")
+        if met.setdefault(parameter, name) != name:
+            raise HardwareError(
+                f"model: FSDP cannot share out {name}, which is {met[parameter]} too; use multi_gpu.yaml"
+            )
+    # The families' own lists lack the layers of some, and name smaller parts, which are not always called as modules.
+    names = {type(layer).__name__ for layer in encoder_layers(classifier.model) or ()}
+    classifier._no_split_modules = sorted(names)  # type: ignore[assignment]  # where Accelerate looks
     if accelerator.mixed_precision == "bf16":
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-        model.forward = accelerator.autocast()(model.forward)
+        classifier.forward = accelerator.autocast()(classifier.forward)  # type: ignore[method-assign]
 
 
 def put_back(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from accel_trainer.batching import divide_split
 from accel_trainer.hardware import out_of_memory_named
+from accel_trainer.sharding import put_back
 from accel_trainer.tokenization import Tokens
 
 Logits = npt.NDArray[np.float32]
@@ -62,6 +63,7 @@ def predict_logits(
             num_labels = logits.shape[-1]
     finally:  # training goes on after a repeat in smaller micro-batches
         model.train(was_training)
+        put_back(model)
     shares = [np.concatenate([np.empty(0, np.int64)] + [m.indices for m in part if m.weight]) for part in divided]
     most = max(len(share) for share in shares)
     padded = torch.zeros(most, num_labels, dtype=torch.float32, device=accelerator.device)

@@ -24,7 +24,7 @@ from accel_trainer.data import Split
 from accel_trainer.feed import StepSize
 from accel_trainer.inputs import Inputs, read_inputs
 from accel_trainer.launching import LAUNCH_VARIABLES
-from accel_trainer.memory import Extent, MemoryNeeds, training_needs
+from accel_trainer.memory import Extent, MemoryNeeds, optimizer_bytes, training_needs
 from accel_trainer.model import count_parameters
 from accel_trainer.plan import TrainingPlan
 from accel_trainer.recipe import Recipe
@@ -49,6 +49,7 @@ class Target:
     device: str  # cpu, cuda, …
     is_here: bool  # this machine has such a device
     mixed_precision: str
+    sharded: bool  # weights, gradients and optimizer are shared out over the processes
     memory: int | None  # bytes of a process's device, or its share of the machine; None where that is not here
 
 
@@ -222,7 +223,8 @@ def forecast(
             role = next(iter(scored(inputs)), "train")
             speed = measure(run, inputs.splits[role].tokens, disk)
     weights, roles = checkpoint_weights(inputs.model), {role: size_of(split) for role, split in inputs.splits.items()}
-    written = disk_needs(run, roles, weights, needs.optimizer, disk)
+    optimizer = optimizer_bytes(inputs.model.parameters(), recipe.training.optim)  # in a file it is whole
+    written = disk_needs(run, roles, weights, optimizer, disk)
     return Forecast(
         recipe=recipe,
         plan=run.plan,
@@ -236,7 +238,7 @@ def forecast(
         needs=needs,
         program=program if target.device == "cpu" else 0,
         evaluation=evaluation_bytes(run, target, needs),
-        seconds=None if speed is None else seconds_of(run, steps, roles, speed, weights, needs.optimizer),
+        seconds=None if speed is None else seconds_of(run, steps, roles, speed, weights, optimizer),
         unmeasured=unmeasured,
         disk=written,
         notes=inputs.notes,
@@ -266,12 +268,13 @@ def target_of(run: Run, config: AccelerateConfig | None, *, is_here: bool) -> Ta
     accelerator = run.accelerator
     here, memory = accelerator.device.type, hardware.smallest_memory(accelerator)
     if config is None:
-        return Target(None, 1, here, is_here, accelerator.mixed_precision, memory)
+        return Target(None, 1, here, is_here, accelerator.mixed_precision, False, memory)
     if here == "cpu" and memory is not None:
         memory //= -(-config.num_processes // config.num_machines)
     device = here if is_here else "cuda"  # which one does not matter: it is not here
     memory = memory if is_here else None
-    return Target(config.path, config.num_processes, device, is_here, config.mixed_precision, memory)
+    sharded = config.distributed_type == "FSDP"
+    return Target(config.path, config.num_processes, device, is_here, config.mixed_precision, sharded, memory)
 
 
 def needs_of(run: Run, target: Target) -> MemoryNeeds:
@@ -283,6 +286,7 @@ def needs_of(run: Run, target: Target) -> MemoryNeeds:
         packed=run.packed,
         num_processes=target.num_processes,
         mixed_precision=target.mixed_precision,
+        sharded=target.sharded,
     )
 
 

@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -24,13 +24,20 @@ from typing import Any, NoReturn
 import psutil
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, gather, operations, pad_across_processes
+from accelerate.utils import (
+    DistributedType,
+    DynamoBackend,
+    GradientAccumulationPlugin,
+    gather,
+    operations,
+    pad_across_processes,
+)
 from torch import Tensor
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from accel_trainer import COLLECTION_THRESHOLD
-from accel_trainer.accelerate_keys import REFUSED
+from accel_trainer.accelerate_keys import FSDP_MUST, FSDP_PRECISIONS, REFUSED, fsdp_remedy
 from accel_trainer.batching import token_budget
 from accel_trainer.errors import AccelTrainerError, HardwareError, OutOfMemory, ProcessLost, UserError
 from accel_trainer.redaction import without_secrets
@@ -112,7 +119,31 @@ def start_accelerator(
     reason = REFUSED.get(accelerator.distributed_type.value)
     if reason is not None:
         raise HardwareError(f"accelerate config: distributed_type {accelerator.distributed_type.value}: {reason}")
+    if accelerator.distributed_type is DistributedType.FSDP:
+        check_fsdp(accelerator)
     return accelerator
+
+
+def check_fsdp(accelerator: Accelerator) -> None:
+    """See that FSDP is asked for as this program keeps its promise with it.
+
+    Raises:
+        HardwareError: it is not.
+    """
+    for key, must in FSDP_MUST.items():
+        said = os.environ.get(must.environment or f"FSDP_{key.upper()}", must.unsaid)
+        if said.lower() not in must.values:
+            raise HardwareError(f"accelerate config: fsdp_{key} {said or 'left out'}: {must.why}; {fsdp_remedy(key)}")
+    if accelerator.mixed_precision not in FSDP_PRECISIONS:
+        raise HardwareError(
+            f'accelerate config: mixed_precision {accelerator.mixed_precision} has not been tried with FSDP; use bf16 or "no"'
+        )
+    if accelerator.state.dynamo_plugin.backend is not DynamoBackend.NO:
+        raise HardwareError("accelerate config: compiling has not been tried with FSDP; remove dynamo_config")
+    if accelerator.parallelism_config is not None:
+        raise HardwareError(
+            "accelerate config: FSDP in several dimensions has not been tried; remove parallelism_config"
+        )
 
 
 def meeting_place() -> str:
@@ -447,27 +478,32 @@ def from_main_process(accelerator: Accelerator, value: Any) -> Any:
     return json.loads(_bytes_from_main_process(accelerator, sent).numpy().tobytes())
 
 
-def tensors_from_main_process(accelerator: Accelerator, tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
+def tensors_from_main_process(
+    accelerator: Accelerator,
+    tensors: dict[str, Tensor] | None,
+    keep: Callable[[str, Tensor], Tensor] = lambda _name, tensor: tensor,
+) -> dict[str, Tensor]:
     """The main process's tensors on every process, on the CPU, to the bit. Collective.
 
     Args:
         accelerator: the run's.
         tensors: on the CPU; None on other processes.
+        keep: what a process wants of a tensor, by its name; the rest is let go before the next one is sent.
     """
     if accelerator.num_processes == 1:
-        return tensors or {}
+        return {name: keep(name, tensor) for name, tensor in (tensors or {}).items()}
     own = tensors if tensors is not None and accelerator.is_main_process else {}
     listed = [[name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in own.items()]
-    found = dict(own)
+    found: dict[str, Tensor] = {}
     for name, dtype, shape in from_main_process(accelerator, listed):
-        if not accelerator.is_main_process:
-            found[name] = torch.zeros(shape, dtype=getattr(torch, dtype))
-        flat = found[name].contiguous().reshape(-1).view(torch.uint8)
+        tensor = own[name] if accelerator.is_main_process else torch.zeros(shape, dtype=getattr(torch, dtype))
+        flat = tensor.contiguous().reshape(-1).view(torch.uint8)
         for start in range(0, len(flat), SENT_AT_ONCE):  # a large tensor would take a card's memory once more
             part = flat[start : start + SENT_AT_ONCE]
             sent = _bytes_from_main_process(accelerator, part)
             if not accelerator.is_main_process:
                 part.copy_(sent)
+        found[name] = keep(name, tensor)
     return found
 
 

@@ -51,6 +51,7 @@ from accel_trainer.plan import TrainingPlan
 from accel_trainer.recipe_file import to_yaml
 from accel_trainer.redaction import without_secrets
 from accel_trainer.run_folder import LAST_WORDS, RunFolder, write_json, write_text
+from accel_trainer.sharding import gathered, make_ready, shards, share
 from accel_trainer.tokenization import tokenizer_sha256
 from accel_trainer.tracking import logger, start_trackers, track
 
@@ -163,12 +164,15 @@ def prepare(
             packed=packed,
             num_processes=accelerator.num_processes,
             mixed_precision=accelerator.mixed_precision,
+            sharded=shards(accelerator),
         ).budget(longest)
     max_tokens = hardware.tokens_per_device(accelerator, needs, max_tokens_per_device)
     groups = parameter_groups(inputs.model, recipe.training)
-    optimizer = build_optimizer(groups, recipe.training, accelerator.device)
+    optimizer = build_optimizer(groups, recipe.training, accelerator.device, sharded=shards(accelerator))
     # The schedule stays unprepared: Accelerate's wrapper would move it once per process and update.
     scheduler = build_scheduler(optimizer, recipe.training, plan)
+    if shards(accelerator):
+        make_ready(accelerator, classifier)
     model, prepared = accelerator.prepare(classifier, optimizer)
     if recipe.tracking.report_to:
         settings = {key: without_secrets(str(value)) for key, value in flat(recipe.model_dump(mode="json")).items()}
@@ -269,8 +273,27 @@ def whole_weights(run: Run) -> dict[str, Tensor]:
 
 
 def optimizer_state(run: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and plain values of the optimizer, by the names of the stock model's parameters."""
-    return state_by_name(_inner(run.optimizer), run.inputs.model)
+    """Tensors and plain values of the optimizer, by the names of the stock model's parameters. Collective.
+
+    Shares are whole on the main process, and left out on others.
+    """
+    tensors, values = state_by_name(_inner(run.optimizer), run.inputs.model)
+    return gathered(tensors, keep=run.is_main), values
+
+
+def received(run: Run, tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """What each process holds of weights or optimizer state that the main process read: all of it, or its shares. Collective.
+
+    Args:
+        run: prepared.
+        tensors: by the names of the stock model's weights, an entry of the optimizer after a space; None on other processes.
+    """
+    held = run.inputs.model.state_dict()
+
+    def keep(name: str, tensor: Tensor) -> Tensor:
+        return share(tensor, held[name.partition(" ")[0]]) if tensor.dim() else tensor  # a count of steps is everyone's
+
+    return hardware.tensors_from_main_process(run.accelerator, tensors, keep)
 
 
 def write_model(run: Run, folder: Path, scores: dict[str, dict[str, float]], step: int) -> None:
@@ -428,8 +451,8 @@ def restore(run: Run, found: Saved | None, *, keep_token_budget: bool) -> None:
         keep_token_budget: take the checkpoint's.
     """
     saved = hardware.from_main_process(run.accelerator, None if found is None else found.state)
-    weights = hardware.tensors_from_main_process(run.accelerator, None if found is None else found.weights)
-    tensors = hardware.tensors_from_main_process(run.accelerator, None if found is None else found.optimizer)
+    weights = received(run, None if found is None else found.weights)
+    tensors = received(run, None if found is None else found.optimizer)
     run.inputs.model.load_state_dict(weights)
     load_state_by_name(_inner(run.optimizer), run.inputs.model, tensors, saved["optimizer_values"])
     # Rates are a function of the step and of the recipe as it is now: what was allowed to change takes effect.

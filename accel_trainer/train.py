@@ -59,6 +59,7 @@ from accel_trainer.run import (
     halve_token_budget,
     heard_by_main,
     prepare,
+    received,
     record,
     save,
     throughput,
@@ -67,6 +68,7 @@ from accel_trainer.run import (
     write_run_json,
 )
 from accel_trainer.run_folder import RunFolder, opened, watched, write_json
+from accel_trainer.sharding import is_sharded
 from accel_trainer.signals import StopRequest, handling, ignore_stop_signals, interrupted_by_signals
 from accel_trainer.terminal import complain, write_any_text
 from accel_trainer.tracking import Progress, close_trackers, logger, print_scores, quieten_libraries, speak_on
@@ -414,7 +416,8 @@ def add_gradients(run: Run, micro_batches: Sequence[LoadedMicroBatch], global_ba
     for i, loaded in enumerate(micro_batches):
         is_last = i == len(micro_batches) - 1
         named = out_of_memory_named(len(loaded.labels), loaded.batch.num_positions)
-        with named, nullcontext() if is_last else accelerator.no_sync(run.model):
+        # In shares each gradient goes to those who hold them at once: put off, all of it would lie whole on every process.
+        with named, nullcontext() if is_last or is_sharded(run.model) else accelerator.no_sync(run.model):
             here = loaded.on(accelerator.device)
             logits = run.model(here.batch.inputs, here.example_keys, here.batch.packing)
             losses = example_losses(logits, here.labels, smoothing) * here.weight
@@ -601,7 +604,7 @@ def take_best_weights(run: Run) -> int:
                     "set saving.load_best_model_at_end=false, and run again with --resume"
                 )
             weights = load_file(run.folder.best / "model.safetensors")
-    run.inputs.model.load_state_dict(hardware.tensors_from_main_process(run.accelerator, weights))
+    run.inputs.model.load_state_dict(received(run, weights))
     return run.state.best_step
 
 

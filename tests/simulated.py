@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 
 from accel_trainer.errors import Interrupted
 from accel_trainer.inputs import Inputs
@@ -46,6 +47,7 @@ class Rank:
     device = torch.device("cpu")
     scaler = None
     mixed_precision = "no"
+    distributed_type = DistributedType.MULTI_CPU
     trackers: list[Any] = []  # noqa: RUF012
 
     def __init__(self, group: Group, index: int) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from typing import Any, cast
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, DynamoBackend
 from harness import OneOfMany, alone_on_the_cpu
 from torch.distributed import HashStore, Store
 
@@ -99,6 +100,56 @@ def test_what_owns_the_step_is_refused(kind: Any, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(hardware, "Accelerator", lambda **_: fake)
     with pytest.raises(HardwareError, match=rf"distributed_type {kind.value}: .*use multi_gpu"):
         hardware.start_accelerator()
+
+
+FSDP = {"VERSION": "2", "AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "RESHARD_AFTER_FORWARD": "true"}
+
+
+def sharding(**more: Any) -> Any:
+    """An Accelerator of FSDP, as far as it is looked at."""
+    state = SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=more.pop("backend", DynamoBackend.NO)))
+    known = {"num_processes": 1, "distributed_type": DistributedType.FSDP, "log_with": [], "state": state}
+    return SimpleNamespace(**known, **{"mixed_precision": "no", "parallelism_config": None, **more})
+
+
+@pytest.mark.parametrize(
+    ("said", "says"),
+    [
+        ({}, ""),
+        ({"CPU_RAM_EFFICIENT_LOADING": "false", "STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, ""),
+        ({"VERSION": "1"}, "fsdp_version 1: .*; write fsdp_version: 2"),
+        ({"VERSION": None}, "fsdp_version 1: "),
+        ({"AUTO_WRAP_POLICY": None}, "fsdp_auto_wrap_policy NO_WRAP: .*: TRANSFORMER_BASED_WRAP"),
+        ({"TRANSFORMER_CLS_TO_WRAP": "BertLayer"}, "BertLayer: .*; remove fsdp_transformer_layer_cls_to_wrap"),
+        ({"CPU_RAM_EFFICIENT_LOADING": "True"}, "fsdp_cpu_ram_efficient_loading True: .*: false"),
+        ({"OFFLOAD_PARAMS": "true"}, "fsdp_offload_params true: "),
+        ({"ACTIVATION_CHECKPOINTING": "true"}, "--gradient_checkpointing"),
+        ({"IGNORED_MODULES": "pooler"}, "remove fsdp_ignored_modules"),
+    ],
+)
+def test_settings_of_fsdp_are_held(said: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**FSDP, **said}.items():
+        if value is not None:
+            monkeypatch.setenv(f"FSDP_{name}", value)
+    monkeypatch.setattr(hardware, "Accelerator", lambda **_: sharding())
+    with pytest.raises(HardwareError, match=says) if says else nullcontext():
+        hardware.start_accelerator()
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"mixed_precision": "bf16"}, ""),
+        ({"mixed_precision": "fp16"}, "mixed_precision fp16 .*; use bf16"),
+        ({"backend": DynamoBackend.INDUCTOR}, "remove dynamo_config"),
+        ({"parallelism_config": object()}, "remove parallelism_config"),
+    ],
+)
+def test_what_was_not_tried_in_shares_is_refused(more: Any, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in FSDP.items():
+        monkeypatch.setenv(f"FSDP_{name}", value)
+    with pytest.raises(HardwareError, match=says) if says else nullcontext():
+        hardware.check_fsdp(sharding(**more))
 
 
 def test_a_config_that_accelerate_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,6 +305,15 @@ def test_tensors_come_from_the_main_process_to_the_bit(at_once: int, monkeypatch
     for name, tensor in tensors.items():
         assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
         assert torch.equal(*(each.contiguous().reshape(-1).view(torch.uint8) for each in (found[name], tensor)))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_process_keeps_what_it_wants_of_them(count: int) -> None:
+    main: Any = Sum(is_main=True)
+    main.num_processes = count
+    tensors = {"a": torch.arange(4.0), "b": torch.arange(6.0)}
+    found = hardware.tensors_from_main_process(main, tensors, lambda name, tensor: tensor[: 1 + (name == "b")])
+    assert {name: tensor.tolist() for name, tensor in found.items()} == {"a": [0.0], "b": [0.0, 1.0]}
 
 
 @pytest.mark.parametrize("value", [None, 3, {"a": [1.5, "好"], "b": {"inf": float("inf")}}])

@@ -120,7 +120,7 @@ def test_the_lists_are_complete() -> None:
     assert {published(recipe) for recipe in recipes} == {*PUBLISHED, None}
     assert {path.stem for path in CONFIGS} == {
         *("cpu", "multi_cpu", "multi_cpu_multi_node"),
-        *("single_gpu", "multi_gpu", "multi_node", "mps", "tpu"),
+        *("single_gpu", "multi_gpu", "multi_node", "mps", "tpu", "fsdp"),
     }
 
 

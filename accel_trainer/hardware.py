@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -21,12 +22,12 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, gather, operations, pad_across_processes
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, operations
 from torch import Tensor
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
-from accel_trainer import COLLECTION_THRESHOLD
+from accel_trainer import COLLECTION_THRESHOLD, xla
 from accel_trainer.accelerate_keys import REFUSED
 from accel_trainer.batching import token_budget
 from accel_trainer.errors import HardwareError, OutOfMemory, ProcessLost, UserError
@@ -43,6 +44,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _GROUPS: list[Any] = []  # see `leave_process_group`
 _STORES: list[Store] = []  # that the processes of this attempt met at; none for one alone
 _WORD = "last word"
+_TURN = threading.Lock()  # of processes that are threads of one, as torch_xla starts them on some machines
 
 
 def start_accelerator(
@@ -173,6 +175,11 @@ def word_left() -> dict[str, Any]:
                 found: dict[str, Any] = json.loads(store.get(_WORD))
                 return found
     return {}
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that speaks for all; before there is an Accelerator."""
+    return xla.process_index() == 0 if xla.is_spawned() else os.environ.get("RANK", "0") == "0"
 
 
 def keep_freed_memory() -> None:
@@ -373,12 +380,15 @@ def first_process_first(accelerator: Accelerator) -> Iterator[None]:
 
     Accelerate's own `local_main_process_first` leaves the others waiting when the first one raises.
     """
-    if not accelerator.is_local_main_process:
+    on_xla = accelerator.distributed_type is DistributedType.XLA
+    is_first = xla.local_process_index() == 0 if on_xla else accelerator.is_local_main_process
+    if not is_first:
         accelerator.wait_for_everyone()
     try:
-        yield
+        with _TURN:  # threads would draw from the same random numbers
+            yield
     finally:
-        if accelerator.is_local_main_process:
+        if is_first:
             accelerator.wait_for_everyone()
 
 
@@ -386,11 +396,8 @@ def gather_object(own: list[Any]) -> list[Any]:
     """What all processes bring, in the order of their ranks: plain values, as JSON knows them. Collective."""
     if PartialState().distributed_type is not DistributedType.XLA:
         return operations.gather_object(own)  # type: ignore[no-any-return]
-    # Accelerate's own raises there. JSON may end in spaces.
-    text = torch.tensor(list(json.dumps(own).encode()), dtype=torch.int32, device=PartialState().device)
-    padded = pad_across_processes(text, pad_index=ord(" "))
-    texts = gather(padded).cpu().reshape(-1, len(padded)).tolist()
-    return [value for text in texts for value in json.loads(bytes(text))]
+    # Accelerate's own raises there.
+    return [value for text in xla.gather_bytes(json.dumps(own).encode()) for value in json.loads(text)]
 
 
 def from_main_process(accelerator: Accelerator, value: Any) -> Any:
@@ -431,7 +438,10 @@ def tensors_from_main_process(accelerator: Accelerator, tensors: dict[str, Tenso
 
 def _bytes_from_main_process(accelerator: Accelerator, sent: Tensor) -> Tensor:
     """The main process's bytes, where those of all others are zeros: a sum, which every kind of device has."""
-    return accelerator.reduce(sent.to(accelerator.device), "sum").cpu()  # type: ignore[no-any-return]
+    size = len(sent)
+    if xla.computes_on(accelerator.device):
+        sent = xla.filled(sent, size)
+    return accelerator.reduce(sent.to(accelerator.device), "sum").cpu()[:size]  # type: ignore[no-any-return]
 
 
 def _installed(package: str) -> str | None:

@@ -87,6 +87,7 @@ def start_accelerator(
         raise HardwareError(f"accelerate config: {error}") from error
     except torch.distributed.DistError as error:
         raise HardwareError(f"the processes of the launch do not find each other: {error}") from error
+    xla.keep_float32(accelerator)
     # Accelerate leaves out, without a word, the trackers whose package is not installed.
     missing = sorted(set(report_to) - {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with})
     if missing:

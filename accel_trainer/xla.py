@@ -10,7 +10,7 @@ import os
 import sys
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import gather, is_torch_xla_available
 from torch import Tensor, nn
 
@@ -18,6 +18,16 @@ from torch import Tensor, nn
 def computes_on(device: torch.device) -> bool:
     """Whether a device is XLA's."""
     return device.type == "xla"
+
+
+def keep_float32(accelerator: Accelerator) -> None:
+    """Let bf16 be autocast, as on other devices: on TPUs Accelerate has torch_xla make weights and optimizer bf16 too.
+
+    To be called before anything is put on the device.
+    """
+    if computes_on(accelerator.device) and accelerator.mixed_precision == "bf16":
+        os.environ["XLA_USE_BF16"] = os.environ["XLA_DOWNCAST_BF16"] = "0"
+        accelerator.native_amp = True
 
 
 def end_graph(device: torch.device) -> None:

@@ -75,14 +75,17 @@ def test_values_travel_as_text_on_tpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_processes_that_torch_xla_starts_know_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """They have no WORLD_SIZE."""
-    accelerator = SimpleNamespace(distributed_type=DistributedType.XLA, num_processes=8, log_with=[])
+    device = torch.device("xla")
+    accelerator = SimpleNamespace(
+        distributed_type=DistributedType.XLA, num_processes=8, log_with=[], device=device, mixed_precision="no"
+    )
     monkeypatch.setattr(hardware, "Accelerator", lambda **_: accelerator)
     assert hardware.start_accelerator() is accelerator
 
 
 @pytest.mark.parametrize("kind", map(DistributedType, REFUSED))
 def test_what_owns_the_step_is_refused(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = SimpleNamespace(num_processes=1, distributed_type=kind, log_with=[])
+    fake = SimpleNamespace(num_processes=1, distributed_type=kind, log_with=[], device=torch.device("cpu"))
     monkeypatch.setattr(hardware, "Accelerator", lambda **_: fake)
     with pytest.raises(HardwareError, match=rf"distributed_type {kind.value}: .*use multi_gpu"):
         hardware.start_accelerator()

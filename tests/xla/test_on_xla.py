@@ -14,7 +14,7 @@ from harness import ROOT, Outcome, start, write_recipe_in
 pytest.importorskip("torch_xla", reason="make test-xla brings it")
 pytestmark = pytest.mark.launch
 
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", "no", "--config_file"]
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
 SOMETIMES = {
     "evaluation": {"eval_strategy": "steps", "eval_steps": 8},
     "saving": {"save_strategy": "steps", "save_steps": 8, "load_best_model_at_end": False},
@@ -27,8 +27,9 @@ def on_cpu(folder: Path, *arguments: str) -> Outcome:
     return start(command, folder, USE_TORCH_XLA="false")
 
 
-def on_xla(folder: Path, devices: int, *arguments: str, **environment: str) -> Outcome:
-    command = [*LAUNCH, str(ROOT / "accelerate_configs/tpu.yaml"), "-m", "traced_train", *arguments]
+def on_xla(folder: Path, devices: int, *arguments: str, bf16: bool = False, **environment: str) -> Outcome:
+    precision = [] if bf16 else ["--mixed_precision", "no"]
+    command = [*LAUNCH, str(ROOT / "accelerate_configs/tpu.yaml"), *precision, "-m", "traced_train", *arguments]
     return start(
         command,
         folder,
@@ -112,6 +113,16 @@ def test_checkpoints_move_between_xla_and_cpu(cpu: Outcome, tmp_path: Path, devi
         done = begins(*place, *line, *stop)
         assert until is None or f"interrupted after step {until} of 24" in done.err + done.out, done.err
     assert_same(cpu, run(done, "run"))
+
+
+def test_weights_are_float32_whatever_the_precision(cpu: Outcome, tmp_path: Path) -> None:
+    """Accelerate sets the variable on TPUs; it makes all that is on the device bf16."""
+    recipe = str(cpu.folder.parent / "tiny.yaml")
+    done = on_xla(tmp_path, 1, recipe, "--output_dir", "run", "training.max_steps=2", bf16=True, XLA_USE_BF16="1")
+    weights = run(done, "run").weights
+    assert any((weight.bfloat16().float() != weight).any() for weight in weights.values())
+    assert run(done, "run").losses == pytest.approx(cpu.losses[:2], rel=0.02)
+    assert run(done, "run").losses != pytest.approx(cpu.losses[:2], rel=1e-6)
 
 
 def test_the_launcher_ends_with_the_exit_code(cpu: Outcome, tmp_path: Path) -> None:

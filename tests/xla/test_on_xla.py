@@ -83,18 +83,16 @@ def test_the_steps_are_those_of_the_cpu(cpu: Outcome, xla: Outcome) -> None:
 
 
 def test_graphs_are_compiled_once_for_each_shape(xla: Outcome) -> None:
-    """After two epochs, with an evaluation each, nothing new comes: not for other rows, lengths, steps, or short batches."""
+    """After an epoch and its evaluation nothing new comes: not for other rows, lengths, steps, rates, or short batches."""
     facts, after = xla.json("run.json"), compiled(xla.folder.parent)
-    shapes = facts["shapes"]
+    shapes = {role: len(found) for role, found in facts["shapes"].items()}
     assert set(shapes) == {"training", "validation", "test"}
-    in_steps = sum(after[step] - after[step - 1] for step in range(1, 24) if step not in (8, 16))
-    # One for each shape; the first micro-batch, which has no gradient to add to; the first update and the others. What
-    # reads the losses is another one, and agreeing on a stop.
-    assert in_steps <= len(shapes["training"]) + 5
-    assert after[9] == after[15]
-    assert after[16] == after[23]
-    assert after[16] - after[8] == 0 or after[16] - after[15] <= 1
-    assert after[23] < facts["compilations"] <= after[23] + sum(map(len, shapes.values())) + 8
+    # Beside the shapes: the first update and the others, each with a reduction of its own on two devices; what reads the
+    # losses; what agrees on a stop.
+    assert after[7] - after[0] <= shapes["training"] + 5
+    assert after[8] - after[7] <= shapes["validation"] + 2  # logits and scores are gathered
+    assert after[8] == after[23]
+    assert facts["compilations"] - after[23] <= shapes["test"] + 2
 
 
 def test_a_step_that_adds_one_is_seen(cpu: Outcome, tmp_path: Path) -> None:

@@ -68,6 +68,7 @@ def start_accelerator(
     gc.freeze()  # what is imported by now stays for ever
     gc.set_threshold(*COLLECTION_THRESHOLD)
     keep_freed_memory()
+    xla.hear_precision()
     try:
         accelerator = Accelerator(
             # Processes started on a machine without an accelerator must be told so, or each believes itself alone.

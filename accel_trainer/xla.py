@@ -20,6 +20,12 @@ def computes_on(device: torch.device) -> bool:
     return device.type == "xla"
 
 
+def hear_precision() -> None:
+    """Tell the Accelerator, before there is one, that bf16 is wanted: its TPU launcher tells torch_xla alone."""
+    if os.environ.get("XLA_USE_BF16") == "1":
+        os.environ.setdefault("ACCELERATE_MIXED_PRECISION", "bf16")
+
+
 def keep_float32(accelerator: Accelerator) -> None:
     """Let bf16 be autocast, as on other devices: on TPUs Accelerate has torch_xla make weights and optimizer bf16 too.
 

@@ -402,7 +402,8 @@ def add_gradients(run: Run, micro_batches: Sequence[LoadedMicroBatch], global_ba
         OutOfMemory: they do not fit; some of them may have been added.
     """
     accelerator, smoothing = run.accelerator, run.inputs.recipe.training.label_smoothing_factor
-    loss_sum = torch.zeros(()).to(accelerator.device)
+    loss_sum = torch.zeros((), device=accelerator.device)
+    xla.end_graph(accelerator.device)
     for i, loaded in enumerate(micro_batches):
         is_last = i == len(micro_batches) - 1
         named = out_of_memory_named(len(loaded.labels), loaded.batch.num_positions)

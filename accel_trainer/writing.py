@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -36,7 +37,8 @@ def replaced(final: Path) -> Iterator[Path]:
     Raises:
         OSError: the file cannot be written; `final` stays as it was.
     """
-    temporary = final.with_name(f".{final.name}.{os.getpid()}.writing")  # another process may be writing it too
+    writer = f"{os.getpid()}.{threading.get_ident()}"  # another process may be writing it too, or thread
+    temporary = final.with_name(f".{final.name}.{writer}.writing")
     try:
         _make(final.parent)
         yield temporary

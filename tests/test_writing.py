@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import resource
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -160,7 +161,7 @@ def test_a_file_reaches_the_disk_before_its_name(tmp_path: Path, events: list[st
     """And so do the folders that had to be made for it."""
     with replaced(tmp_path / "one" / "two" / "x.txt") as writing:
         writing.write_text("x")
-    assert events == [tmp_path.name, "one", f".x.txt.{os.getpid()}.writing", "replace", "two"]
+    assert events == [tmp_path.name, "one", f".x.txt.{os.getpid()}.{threading.get_ident()}.writing", "replace", "two"]
 
 
 @pytest.mark.parametrize(("number", "told"), [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)])

@@ -10,8 +10,10 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from accel_trainer.batching import divide_split
+from accel_trainer import xla
+from accel_trainer.batching import MicroBatch, divide_split
 from accel_trainer.hardware import out_of_memory_named
+from accel_trainer.shapes import choose_shapes, divide_into
 from accel_trainer.sharding import put_back
 from accel_trainer.tokenization import Tokens
 
@@ -30,7 +32,7 @@ def predict_logits(
 ) -> Logits:
     """Logits of all rows, on every process.
 
-    The rows are dealt out by `divide_split`. Nothing but one padded tensor of logits is gathered: which rows a process
+    The rows are dealt out by `divide`. Nothing but one padded tensor of logits is gathered: which rows a process
     computed follows from the lengths, so that no ids need to travel.
 
     Args:
@@ -49,29 +51,38 @@ def predict_logits(
     """
     was_training = model.training
     model.eval()
-    divided = divide_split(tokens.costs(packed=packed), accelerator.num_processes, max_tokens, packed=packed)
+    few_shapes = xla.computes_on(accelerator.device) and not packed
+    divided = divide(tokens, accelerator.num_processes, max_tokens, packed=packed, few_shapes=few_shapes)
     computed = []
     try:
         for micro_batch in divided[accelerator.process_index]:
             between()
-            batch = tokens.batch(micro_batch.indices, packed=packed).pinned_for(accelerator.device)
+            batch = tokens.batch(micro_batch.indices, packed=packed, length=micro_batch.length)
+            batch = batch.pinned_for(accelerator.device)
             with out_of_memory_named(len(micro_batch.indices), batch.num_positions):
                 batch = batch.on(accelerator.device)
                 logits = model(batch.inputs, packing=batch.packing).float()
-            if micro_batch.weight:
-                computed.append(logits)
-            num_labels = logits.shape[-1]
+            xla.end_graph(accelerator.device)
+            computed.append(logits)
     finally:  # training goes on after a repeat in smaller micro-batches
         model.train(was_training)
         put_back(model)
-    shares = [np.concatenate([np.empty(0, np.int64)] + [m.indices for m in part if m.weight]) for part in divided]
-    most = max(len(share) for share in shares)
-    padded = torch.zeros(most, num_labels, dtype=torch.float32, device=accelerator.device)
-    if computed:
-        mine = torch.cat(computed)
-        padded[: len(mine)] = mine
-    gathered = accelerator.gather(padded).cpu().numpy().reshape(len(shares), most, num_labels)
-    result = np.empty((len(tokens), num_labels), dtype=np.float32)
-    for share, part in zip(shares, gathered, strict=True):
-        result[share] = part[: len(share)]
+    mine = torch.cat([logits.cpu() for logits in computed])
+    sizes = [sum(len(m.indices) for m in part) for part in divided]
+    padded = torch.nn.functional.pad(mine, (0, 0, 0, max(sizes) - len(mine))).to(accelerator.device)
+    gathered = accelerator.gather(padded).cpu().numpy().reshape(len(divided), max(sizes), -1)
+    result = np.empty((len(tokens), gathered.shape[-1]), dtype=np.float32)
+    for part, logits in zip(divided, gathered, strict=True):
+        counts = np.concatenate([m.weights for m in part]) > 0
+        result[np.concatenate([m.real for m in part])] = logits[: len(counts)][counts]
     return result
+
+
+def divide(
+    tokens: Tokens, num_processes: int, max_tokens: int, *, packed: bool, few_shapes: bool
+) -> list[list[MicroBatch]]:
+    """Micro-batches of all rows by process, the same number for each: `divide_split`, or `divide_into` a few shapes."""
+    if few_shapes:
+        shapes = choose_shapes(tokens.lengths, len(tokens), num_processes, max_tokens)
+        return divide_into(tokens.lengths, num_processes, shapes)
+    return divide_split(tokens.costs(packed=packed), num_processes, max_tokens, packed=packed)

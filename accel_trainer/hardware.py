@@ -12,6 +12,7 @@ import platform
 import re
 import socket
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -28,15 +29,13 @@ from accelerate.utils import (
     DistributedType,
     DynamoBackend,
     GradientAccumulationPlugin,
-    gather,
     operations,
-    pad_across_processes,
 )
 from torch import Tensor
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
-from accel_trainer import COLLECTION_THRESHOLD
+from accel_trainer import COLLECTION_THRESHOLD, xla
 from accel_trainer.accelerate_keys import FSDP_MUST, FSDP_PRECISIONS, REFUSED, fsdp_remedy
 from accel_trainer.batching import token_budget
 from accel_trainer.errors import AccelTrainerError, HardwareError, OutOfMemory, ProcessLost, UserError
@@ -54,6 +53,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _GROUPS: list[Any] = []  # see `leave_process_group`
 _STORES: list[Store] = []  # that the processes of this attempt met at; none for one alone
 _WORD = "last word"
+_TURN = threading.Lock()  # of processes that are threads of one, as torch_xla starts them on some machines
 
 
 def start_accelerator(
@@ -78,6 +78,7 @@ def start_accelerator(
     gc.freeze()  # what is imported by now stays for ever
     gc.set_threshold(*COLLECTION_THRESHOLD)
     keep_freed_memory()
+    xla.hear_precision()
     try:
         accelerator = Accelerator(
             # Processes started on a machine without an accelerator must be told so, or each believes itself alone.
@@ -103,6 +104,7 @@ def start_accelerator(
             "of them again; else see to it that none keeps another out, and name the network between them on each, as `ip address` "
             "does: export GLOO_SOCKET_IFNAME=eth0 (on GPUs NCCL_SOCKET_IFNAME)"
         ) from error
+    xla.keep_float32(accelerator)
     # Accelerate leaves out, without a word, the trackers whose package is not installed.
     missing = sorted(set(report_to) - {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with})
     if missing:
@@ -236,6 +238,11 @@ def word_left() -> dict[str, Any]:
                 found: dict[str, Any] = json.loads(store.get(_WORD))
                 return found
     return {}
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that speaks for all; before there is an Accelerator."""
+    return xla.process_index() == 0 if xla.is_spawned() else os.environ.get("RANK", "0") == "0"
 
 
 def keep_freed_memory() -> None:
@@ -430,7 +437,7 @@ def told_to_other_machines(timeout: int) -> Iterator[None]:
     except UserError as mistake:
         everywhere, here = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
         if int(everywhere) > int(here):
-            if os.environ.get("RANK") == "0":
+            if is_first_process():
                 complain(mistake)
                 mistake.is_told = True
             with suppress(AccelTrainerError):
@@ -446,12 +453,15 @@ def first_process_first(accelerator: Accelerator) -> Iterator[None]:
 
     Accelerate's own `local_main_process_first` leaves the others waiting when the first one raises.
     """
-    if not accelerator.is_local_main_process:
+    on_xla = accelerator.distributed_type is DistributedType.XLA
+    is_first = xla.local_process_index() == 0 if on_xla else accelerator.is_local_main_process
+    if not is_first:
         accelerator.wait_for_everyone()
     try:
-        yield
+        with _TURN:  # threads would draw from the same random numbers
+            yield
     finally:
-        if accelerator.is_local_main_process:
+        if is_first:
             accelerator.wait_for_everyone()
 
 
@@ -459,11 +469,8 @@ def gather_object(own: list[Any]) -> list[Any]:
     """What all processes bring, in the order of their ranks: plain values, as JSON knows them. Collective."""
     if PartialState().distributed_type is not DistributedType.XLA:
         return operations.gather_object(own)  # type: ignore[no-any-return]
-    # Accelerate's own raises there. JSON may end in spaces.
-    text = torch.tensor(list(json.dumps(own).encode()), dtype=torch.int32, device=PartialState().device)
-    padded = pad_across_processes(text, pad_index=ord(" "))
-    texts = gather(padded).cpu().reshape(-1, len(padded)).tolist()
-    return [value for text in texts for value in json.loads(bytes(text))]
+    # Accelerate's own raises there.
+    return [value for text in xla.gather_bytes(json.dumps(own).encode()) for value in json.loads(text)]
 
 
 def from_main_process(accelerator: Accelerator, value: Any) -> Any:
@@ -509,7 +516,10 @@ def tensors_from_main_process(
 
 def _bytes_from_main_process(accelerator: Accelerator, sent: Tensor) -> Tensor:
     """The main process's bytes, where those of all others are zeros: a sum, which every kind of device has."""
-    return accelerator.reduce(sent.to(accelerator.device), "sum").cpu()  # type: ignore[no-any-return]
+    size = len(sent)
+    if xla.computes_on(accelerator.device):
+        sent = xla.filled(sent, size)
+    return accelerator.reduce(sent.to(accelerator.device), "sum").cpu()[:size]  # type: ignore[no-any-return]
 
 
 def _installed(package: str) -> str | None:

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, get_scheduler
 from transformers.optimization import Adafactor
 
+from accel_trainer import xla
 from accel_trainer.errors import UserError
 from accel_trainer.model import layer_depths
 from accel_trainer.plan import TrainingPlan
@@ -103,6 +104,7 @@ def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float |
         the norm before, a scalar.
     """
     if accelerator.device.type != "cpu" or accelerator.scaler is not None:
+        xla.renew_gradients(model)
         bound = float("inf") if max_norm is None else max_norm
         return whole(torch.as_tensor(accelerator.clip_grad_norm_(model.parameters(), bound)))
     # Nobody waits for a look at a number on a CPU, and it mostly saves a pass over all gradients to multiply them by 1.

@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = vars(parse_arguments(argv))
     write_any_text()
     # Until the work begins every process meets the same mistakes, and one of them says so.
-    is_first = speaks = os.environ.get("RANK", "0") == "0"
+    is_first = speaks = hardware.is_first_process()
     speak_on(is_first)
     model, options = arguments.pop("model"), Options(**arguments)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from accel_trainer import artifacts, checkpoint, git_version, hardware
+from accel_trainer import artifacts, checkpoint, git_version, hardware, xla
 from accel_trainer.batching import smaller_budget
 from accel_trainer.classifier import Classifier
 from accel_trainer.differences import differences, flat, in_groups
@@ -51,6 +52,7 @@ from accel_trainer.plan import TrainingPlan
 from accel_trainer.recipe_file import to_yaml
 from accel_trainer.redaction import without_secrets
 from accel_trainer.run_folder import LAST_WORDS, RunFolder, write_json, write_text
+from accel_trainer.shapes import Shape, choose_shapes
 from accel_trainer.sharding import gathered, make_ready, shards, share
 from accel_trainer.tokenization import tokenizer_sha256
 from accel_trainer.tracking import logger, start_trackers, track
@@ -193,6 +195,7 @@ def prepare(
             process_index=accelerator.process_index,
             packed=packed,
             device=accelerator.device,
+            few_shapes=xla.computes_on(accelerator.device) and not packed,
         ),
         max_tokens=max_tokens,
     )
@@ -219,6 +222,7 @@ def write_run_json(run: Run, origin: Origin | None = None) -> None:
             "recipe": None if origin is None else origin.as_dict(),
             "hardware": facts,
             "layout": "packed" if run.packed else "padded",
+            **({"shapes": shapes_of(run)} if run.feed.few_shapes else {}),
             "max_tokens_per_device": run.max_tokens,
             "versions": hardware.versions(),
             "git_commit": git_version.commit(Path.cwd()),
@@ -253,6 +257,24 @@ def write_run_json(run: Run, origin: Origin | None = None) -> None:
         hardware.precision_named(facts["mixed_precision"]),
         "packed without padding" if run.packed else "padded",
     )
+
+
+def shapes_of(run: Run) -> dict[str, list[Shape]]:
+    """Rows and columns of the micro-batches that each split is computed in, where they are few: XLA compiles each once."""
+    training = {"training": run.feed.shapes(run.max_tokens)}
+    processes = run.accelerator.num_processes
+    return training | {
+        role: choose_shapes(split.tokens.lengths, len(split), processes, run.max_tokens)
+        for role, split in run.inputs.splits.items()
+        if role != "train"
+    }
+
+
+def note_compilations(run: Run) -> None:
+    """Write into run.json how many graphs the main process compiled, on XLA: no more for the length of a run."""
+    if run.is_main and xla.computes_on(run.accelerator.device):
+        facts = json.loads(run.folder.run.read_text(encoding="utf-8"))
+        write_json(run.folder.run, facts | {"compilations": xla.compilations()})
 
 
 def record(run: Run, line: dict[str, Any]) -> None:

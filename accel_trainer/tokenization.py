@@ -199,10 +199,10 @@ class Tokens:
         """What each row takes of a token budget, (rows,)."""
         return self.lengths if packed else self.padded_lengths
 
-    def batch(self, rows: npt.NDArray[np.int64], *, packed: bool) -> Batch:
-        """Model inputs of some rows in one of the two layouts."""
+    def batch(self, rows: npt.NDArray[np.int64], *, packed: bool, length: int | None = None) -> Batch:
+        """Model inputs of some rows in one of the two layouts; padded to a length, if one is given."""
         if not packed:
-            return Batch(self.inputs(rows, int(self.padded_lengths[rows].max())), None)
+            return Batch(self.inputs(rows, length or int(self.padded_lengths[rows].max())), None)
         row = {name: np.concatenate([column[int(i)] for i in rows]) for name, column in self.columns.items()}
         inputs = {name: torch.from_numpy(tokens.astype(np.int64)).unsqueeze(0) for name, tokens in row.items()}
         return Batch(inputs, Packing.of(self.lengths[rows]))

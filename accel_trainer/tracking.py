@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 import warnings
 from typing import Any
@@ -22,10 +23,15 @@ from accel_trainer.terminal import Style, aligned, styled
 logger = logging.getLogger("accel_trainer")
 
 
+_quiet = threading.local()  # torch_xla may start processes of a run as threads of one
+
+
 class _ThroughTheBar(logging.Handler):
     """Writes messages above a progress bar instead of into it."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno < getattr(_quiet, "below", logging.INFO):
+            return
         style: Style = "yellow" if record.levelno >= logging.WARNING else ""
         tqdm.write(styled(without_secrets(self.format(record)), style, stderr=True), file=sys.stderr)
 
@@ -34,7 +40,8 @@ def speak_on(main_process: bool) -> None:
     """Let the main process say what it does, and the others only what is wrong."""
     logger.handlers = [_ThroughTheBar()]
     logger.propagate = False
-    logger.setLevel(logging.INFO if main_process else logging.ERROR)
+    logger.setLevel(logging.INFO)
+    _quiet.below = logging.INFO if main_process else logging.ERROR
 
 
 def quieten_libraries() -> None:

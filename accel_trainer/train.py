@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import signal
 import sys
 import time
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from accel_trainer import artifacts, hardware, metrics, rehearsal
+from accel_trainer import artifacts, hardware, metrics, rehearsal, xla
 from accel_trainer.callable_module import make_callable
 from accel_trainer.command_line import Parser
 from accel_trainer.data import Split
@@ -58,6 +57,7 @@ from accel_trainer.run import (
     find_folder,
     halve_token_budget,
     heard_by_main,
+    note_compilations,
     prepare,
     received,
     record,
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = parse_arguments(argv)
     # Every process meets the same mistakes; one of them says so.
-    is_first = os.environ.get("RANK", "0") == "0"
+    is_first = hardware.is_first_process()
     write_any_text()
     speak_on(is_first)
     options = {name: value for name, value in vars(arguments).items() if name not in ("recipe", "overrides")}
@@ -137,10 +137,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             error, OutOfMemory | ProcessLost
         ):  # which not every process knows of
             complain(error)
-        return error.exit_code
+        return xla.end_function(error.exit_code)
     except Exception:
         print(without_secrets(traceback.format_exc()), file=sys.stderr, flush=True)
-        return EXIT_FAILED
+        return xla.end_function(EXIT_FAILED)
     return EXIT_DONE
 
 
@@ -158,7 +158,7 @@ def train_recipe(origin: Origin, output_dir: Path | None = None, **options: Any)
             recipe = load_recipe(origin.path, origin.overrides)
         return train(recipe, chosen, origin)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0" and not chosen.dry_run:
+        if hardware.is_first_process() and not chosen.dry_run:
             RunFolder(chosen.output_dir).note_mistake(error, resume=chosen.resumes)
         raise
 
@@ -189,6 +189,7 @@ def train(recipe: Recipe, options: Options, origin: Origin | None = None) -> dic
             if run.state.step == options.stop_after:
                 raise stopped(run)
             results = finish(run, stop)
+        note_compilations(run)
         show(run, results)
     return results
 
@@ -323,12 +324,13 @@ def fit(run: Run, stop: StopRequest, until: int | None = None) -> None:
                 continue  # the same step again, with a smaller scale
             except OutOfMemory as error:
                 halve_token_budget(run, error)
-                run.optimizer.zero_grad()
+                clear_gradients(run)
                 continue  # the same step again, in smaller micro-batches
             except NotFinite as error:
                 fail_not_finite(run, state.step + 1, remedy=str(error))
             state.add(done)
             tally.add(state.step, done.loss_sum, done.grad_norm)
+            xla.end_graph(run.accelerator.device)
 
             asked = stop.agreed(run.accelerator, now=state.step == plan.total_steps)
             ends_here = state.step == until
@@ -413,6 +415,7 @@ def add_gradients(run: Run, micro_batches: Sequence[LoadedMicroBatch], global_ba
     """
     accelerator, smoothing = run.accelerator, run.inputs.recipe.training.label_smoothing_factor
     loss_sum = torch.zeros((), device=accelerator.device)
+    xla.end_graph(accelerator.device)
     for i, loaded in enumerate(micro_batches):
         is_last = i == len(micro_batches) - 1
         named = out_of_memory_named(len(loaded.labels), loaded.batch.num_positions)
@@ -420,11 +423,12 @@ def add_gradients(run: Run, micro_batches: Sequence[LoadedMicroBatch], global_ba
         with named, nullcontext() if is_last or is_sharded(run.model) else accelerator.no_sync(run.model):
             here = loaded.on(accelerator.device)
             logits = run.model(here.batch.inputs, here.example_keys, here.batch.packing)
-            losses = example_losses(logits, here.labels, smoothing) * here.weight
+            losses = example_losses(logits, here.labels, smoothing) * here.weights
             # The one place that scales the loss: DDP and FSDP average gradients over processes, so that multiplying by
             # their number makes this the sum over the global batch divided by its true size, the last batch's too.
             accelerator.backward(losses.sum() * (accelerator.num_processes / global_batch_size))
         loss_sum = loss_sum + losses.detach().sum()
+        xla.end_graph(accelerator.device)
     return loss_sum
 
 
@@ -477,7 +481,7 @@ def update(run: Run) -> None:
     # tells, which falls when and only when a step was skipped.
     scale = None if scaler is None else scaler.get_scale()
     run.optimizer.step()
-    run.optimizer.zero_grad()
+    clear_gradients(run)
     if scaler is None or scale is None or scaler.get_scale() >= scale:
         return
     if scaler.get_scale() < 1:
@@ -485,6 +489,11 @@ def update(run: Run) -> None:
             f"It is so in fp16 at any scale: bf16 or float32 (mixed_precision in the accelerate config) may help. {SLOWER}"
         )
     raise GradientOverflow
+
+
+def clear_gradients(run: Run) -> None:
+    """Begin a gradient afresh. On XLA it becomes zero instead of none: to add to none would be another graph."""
+    run.optimizer.zero_grad(set_to_none=not xla.computes_on(run.accelerator.device))
 
 
 def log(run: Run, done: StepStatistics, progress: Progress) -> None:

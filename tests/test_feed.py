@@ -194,10 +194,10 @@ def test_the_shares_are_the_global_batch(packed: bool, processes: int, max_token
     expected = [(tuple(TEXTS[row]), int(LABELS[row]), tuple(key)) for row, key in zip(rows, keys, strict=True)]
     found, fillers = [], []
     for loaded in [loaded for work in works for loaded in work.micro_batches]:
-        assert loaded.weight in (0.0, 1.0)
+        assert loaded.weights.tolist() in ([0.0], [1.0] * len(loaded.labels))
         assert loaded.labels.dtype == torch.int64
         parts = zip(texts(loaded), loaded.labels.tolist(), map(tuple, loaded.example_keys.tolist()), strict=True)
-        (found if loaded.weight else fillers).extend(parts)
+        (found if loaded.weights.all() else fillers).extend(parts)
     assert sorted(found) == sorted(expected)
     assert set(fillers) <= set(expected)  # real examples too
 
@@ -209,7 +209,7 @@ def test_the_numbers_are_those_of_the_whole_batch(packed: bool, processes: int, 
     """Counted here from the tensors of all processes; each of them knows them of all."""
     for step in (1, 6):
         works = [feed(packed, processes, process).work(step, max_tokens) for process in range(processes)]
-        real = [loaded for work in works for loaded in work.micro_batches if loaded.weight]
+        real = [loaded for work in works for loaded in work.micro_batches if loaded.weights.any()]
         lengths = LENGTHS[rows_of(step)]
         positions = sum(loaded.batch.inputs["input_ids"].numel() for loaded in real)
         assert positions == lengths.sum() if packed else positions >= lengths.sum()

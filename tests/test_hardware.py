@@ -23,7 +23,7 @@ from accelerate.utils import DistributedType, DynamoBackend
 from harness import OneOfMany, alone_on_the_cpu
 from torch.distributed import HashStore, Store
 
-from accel_trainer import hardware
+from accel_trainer import hardware, xla
 from accel_trainer.accelerate_keys import REFUSED
 from accel_trainer.errors import (
     AccelTrainerError,
@@ -72,31 +72,33 @@ def test_ddp_does_not_broadcast_buffers() -> None:
 def test_values_travel_as_text_on_tpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """Accelerate's own `gather_object` raises there. The other process brings a longer text."""
     own, other = [None, "schön"], [{"step": 17, "reason": "another one is out of memory"}, 0.5]
+    longer = json.dumps(other).encode()
 
-    def padded(text: torch.Tensor, pad_index: int) -> torch.Tensor:
-        sent.extend(
-            [[*text.tolist(), *[pad_index] * 100][:100], [*json.dumps(other).encode(), *[pad_index] * 100][:100]]
-        )
-        return torch.tensor(sent[0])
+    def gather(sent: torch.Tensor) -> torch.Tensor:
+        if sent.dtype == torch.int64:
+            return torch.cat([sent, torch.tensor([len(longer)])])
+        return torch.cat([sent, xla.filled(torch.tensor(list(longer), dtype=torch.uint8), len(longer))])
 
-    sent: list[list[int]] = []
     state = SimpleNamespace(distributed_type=DistributedType.XLA, device=torch.device("cpu"))
     monkeypatch.setattr(hardware, "PartialState", lambda: state)
-    monkeypatch.setattr(hardware, "pad_across_processes", padded)
-    monkeypatch.setattr(hardware, "gather", lambda _: torch.tensor(sent).flatten())
+    monkeypatch.setattr(xla, "PartialState", lambda: state)
+    monkeypatch.setattr(xla, "gather", gather)
     assert hardware.gather_object(own) == [*own, *other]
 
 
 def test_processes_that_torch_xla_starts_know_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """They have no WORLD_SIZE."""
-    accelerator = SimpleNamespace(distributed_type=DistributedType.XLA, num_processes=8, log_with=[])
+    device = torch.device("xla")
+    accelerator = SimpleNamespace(
+        distributed_type=DistributedType.XLA, num_processes=8, log_with=[], device=device, mixed_precision="no"
+    )
     monkeypatch.setattr(hardware, "Accelerator", lambda **_: accelerator)
     assert hardware.start_accelerator() is accelerator
 
 
 @pytest.mark.parametrize("kind", map(DistributedType, REFUSED))
 def test_what_owns_the_step_is_refused(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = SimpleNamespace(num_processes=1, distributed_type=kind, log_with=[])
+    fake = SimpleNamespace(num_processes=1, distributed_type=kind, log_with=[], device=torch.device("cpu"))
     monkeypatch.setattr(hardware, "Accelerator", lambda **_: fake)
     with pytest.raises(HardwareError, match=rf"distributed_type {kind.value}: .*use multi_gpu"):
         hardware.start_accelerator()
@@ -488,7 +490,11 @@ def test_a_mistake_before_the_processes_meet_is_told_to_other_machines(
 @pytest.mark.parametrize("first", [True, False])
 def test_the_first_process_goes_first_and_frees_the_others(first: bool, fails: bool) -> None:
     events: list[str] = []
-    fake: Any = SimpleNamespace(is_local_main_process=first, wait_for_everyone=lambda: events.append("wait"))
+    fake: Any = SimpleNamespace(
+        distributed_type=DistributedType.MULTI_CPU,
+        is_local_main_process=first,
+        wait_for_everyone=lambda: events.append("wait"),
+    )
 
     def block() -> None:
         with hardware.first_process_first(fake):

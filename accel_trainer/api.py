@@ -14,6 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accel_trainer import collectives
 from accel_trainer.errors import UserError
 from accel_trainer.recipe import Recipe
 
@@ -54,7 +55,6 @@ def train(
         Interrupted: a signal came; what was done is saved.
         TrainingFailed: training cannot go on.
     """
-    from accel_trainer import hardware
     from accel_trainer import train as trainer
     from accel_trainer.origin import origin_of
     from accel_trainer.tracking import speak_on
@@ -64,7 +64,7 @@ def train(
         close = get_close_matches(unknown[0], [option.name for option in fields(trainer.Options)], 1)
         guess = f"; did you mean {close[0]}?" if close else "; values of the recipe are given as section.key=value"
         raise UserError(f"train: there is no option {unknown[0]}{guess}")
-    speak_on(hardware.is_first_process())
+    speak_on(collectives.is_first_process())
     if isinstance(recipe, Recipe):
         if overrides or output_dir is None:
             raise UserError(

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from accelerate import Accelerator
 
-from accel_trainer import hardware
+from accel_trainer import collectives
 from accel_trainer.claims import Claims
 from accel_trainer.differences import differences, short
 from accel_trainer.errors import RunFolderError, UserError
@@ -71,16 +71,16 @@ def entered(output: Path, manifest: dict[str, Any], accelerator: Accelerator) ->
         RunFolderError: it is another job's, or cannot be written, or is not the same on all machines.
     """
     # Not the manifest but a name that nobody has asked for yet: see `is_there`.
-    mark = output / f".{hardware.from_main_process(accelerator, uuid.uuid4().hex)}.writing"
+    mark = output / f".{collectives.from_main_process(accelerator, uuid.uuid4().hex)}.writing"
     is_first = accelerator.is_main_process
     made: list[Path] = []
     try:
-        with hardware.together(accelerator), _writable(output):
+        with collectives.together(accelerator), _writable(output):
             if is_first:
                 _claim(output, manifest, made)
                 mark.touch()
-        first = hardware.from_main_process(accelerator, manifest)
-        with hardware.together(accelerator), _writable(output):
+        first = collectives.from_main_process(accelerator, manifest)
+        with collectives.together(accelerator), _writable(output):
             if not is_there(mark):
                 raise RunFolderError(
                     f"--output {output}: what process 0 wrote there is not to be seen here; name a folder that all machines share"

@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 from accelerate import Accelerator
 
-from accel_trainer import hardware
+from accel_trainer import collectives, hardware
 from accel_trainer.bulk_files import find_inputs
 from accel_trainer.bulk_folder import CLAIMS, LAYOUT, check_output, damage, entered, is_there
 from accel_trainer.bulk_inputs import Input, read_inputs
@@ -115,7 +115,7 @@ def prepare(model: str, options: Options) -> Job:
     speak_on(accelerator.is_main_process)
     quieten_libraries()
     with _lost_at_the_start(accelerator):
-        with hardware.together(accelerator), hardware.first_process_first(accelerator):
+        with collectives.together(accelerator), collectives.first_process_first(accelerator):
             files = find_inputs(options.input, options.output)
             if options.rows_per_file < 1:
                 raise UserError(f"--rows_per_file {options.rows_per_file}: give a number of rows, 1 or more")
@@ -128,7 +128,7 @@ def prepare(model: str, options: Options) -> Job:
         with entered(options.output, manifest, accelerator):
             predictor = trained.on(accelerator, options.max_tokens_per_device)
         process, processes = accelerator.process_index, accelerator.num_processes
-        hardware.leave_process_group(accelerator)
+        collectives.leave_process_group(accelerator)
     predictor.accelerator = Alone(accelerator)
     carried = carried_columns(inputs[0].schema.names, predictor.label_names)
     schema = pa.schema([inputs[0].schema.field(name) for name in carried])
@@ -138,7 +138,7 @@ def prepare(model: str, options: Options) -> Job:
 @contextmanager
 def _lost_at_the_start(accelerator: Accelerator) -> Iterator[None]:
     try:
-        with hardware.lost_processes_named(accelerator):
+        with collectives.lost_processes_named(accelerator):
             yield
     except ProcessLost as error:
         raise ProcessLost(

@@ -12,7 +12,7 @@ from torch import nn
 
 from accel_trainer import xla
 from accel_trainer.batching import MicroBatch, divide_split
-from accel_trainer.hardware import out_of_memory_named
+from accel_trainer.device_memory import out_of_memory_named
 from accel_trainer.shapes import choose_shapes, divide_into
 from accel_trainer.sharding import put_back
 from accel_trainer.tokenization import Tokens

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from accel_trainer import hardware
+from accel_trainer import device_memory, hardware
 from accel_trainer.accelerate_config import AccelerateConfig
 from accel_trainer.batching import divide_split, token_budget
 from accel_trainer.data import Split
@@ -193,7 +193,7 @@ def forecast(
         Interrupted: a signal came; nothing is left.
     """
     quieten_libraries()
-    program = hardware.resident_memory()
+    program = device_memory.resident_memory()
     is_here = config is None or config.use_cpu or torch.accelerator.is_available()
     silent = recipe.model_copy(update={"tracking": recipe.tracking.model_copy(update={"report_to": []})})
     inputs = read_inputs(silent, trust_remote_code=trust_remote_code)
@@ -266,7 +266,7 @@ def launched_alone(config: AccelerateConfig | None) -> Iterator[None]:
 def target_of(run: Run, config: AccelerateConfig | None, *, is_here: bool) -> Target:
     """The hardware that a config asks for; `run` is prepared on this machine's."""
     accelerator = run.accelerator
-    here, memory = accelerator.device.type, hardware.smallest_memory(accelerator)
+    here, memory = accelerator.device.type, device_memory.smallest_memory(accelerator)
     if config is None:
         return Target(None, 1, here, is_here, accelerator.mixed_precision, False, memory)
     if here == "cpu" and memory is not None:

@@ -9,7 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from accel_trainer import hardware, metrics
+from accel_trainer import collectives, metrics
 from accel_trainer.data import LabelledData, Split, load_labelled, tokenise
 from accel_trainer.differences import PLACES, differences, short
 from accel_trainer.errors import UserError
@@ -44,7 +44,7 @@ def read_inputs_together(accelerator: Accelerator, recipe: Recipe, *, trust_remo
         UserError: on every process, if it showed on any; or they have different recipes, data or initial weights.
     """
     check_same(accelerator, without_places(recipe), "were given different recipes", "give every machine the same one")
-    with hardware.together(accelerator), hardware.first_process_first(accelerator):
+    with collectives.together(accelerator), collectives.first_process_first(accelerator):
         inputs = read_inputs(recipe, trust_remote_code=trust_remote_code)
     check_same(
         accelerator,
@@ -67,8 +67,8 @@ def check_same(accelerator: Accelerator, own: dict[str, Any], what: str, remedy:
     Raises:
         UserError: they do not.
     """
-    first = hardware.from_main_process(accelerator, own)
-    with hardware.together(accelerator):
+    first = collectives.from_main_process(accelerator, own)
+    with collectives.together(accelerator):
         changed = differences(first, own)
         if changed:
             here = f"process {accelerator.process_index}"

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from accel_trainer import hardware, metrics
+from accel_trainer import collectives, hardware, metrics
 from accel_trainer.bulk_prediction import FORMATS, ROWS_PER_FILE, Options, prepare, work
 from accel_trainer.callable_module import make_callable
 from accel_trainer.command_line import Parser
@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = vars(parse_arguments(argv))
     write_any_text()
     # Until the work begins every process meets the same mistakes, and one of them says so.
-    is_first = speaks = hardware.is_first_process()
+    is_first = speaks = collectives.is_first_process()
     speak_on(is_first)
     model, options = arguments.pop("model"), Options(**arguments)
     try:
@@ -212,4 +212,4 @@ make_callable(__name__)  # `from accel_trainer import predict` is a function
 
 if __name__ == "__main__":
     ignore_stop_signals()  # but for what listens to them
-    hardware.end_process(main())
+    collectives.end_process(main())

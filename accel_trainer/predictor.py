@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
-from accel_trainer import hardware
+from accel_trainer import device_memory, hardware
 from accel_trainer.artifacts import predictions, probabilities
 from accel_trainer.batching import smaller_budget
 from accel_trainer.classifier import Classifier
@@ -120,7 +120,7 @@ class TrainedModel:
             accelerator=accelerator,
             label_names=self.label_names,
             max_length=max_length,
-            max_tokens=hardware.tokens_per_device(accelerator, needs, max_tokens_per_device),
+            max_tokens=device_memory.tokens_per_device(accelerator, needs, max_tokens_per_device),
             recipe=self.recipe,
         )
 

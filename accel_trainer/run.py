@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from accel_trainer import artifacts, checkpoint, git_version, hardware, xla
+from accel_trainer import artifacts, checkpoint, collectives, device_memory, git_version, hardware, rendezvous, xla
 from accel_trainer.batching import smaller_budget
 from accel_trainer.classifier import Classifier
+from accel_trainer.collectives import gather_object
 from accel_trainer.differences import differences, flat, in_groups
 from accel_trainer.errors import (
     EXIT_FAILED,
@@ -35,7 +36,6 @@ from accel_trainer.errors import (
     UserError,
 )
 from accel_trainer.feed import Feed, StepWork
-from accel_trainer.hardware import gather_object
 from accel_trainer.inputs import Inputs, mathematics
 from accel_trainer.layout import choose_layout
 from accel_trainer.memory import training_needs
@@ -151,7 +151,7 @@ def prepare(
         except ValueError as error:
             raise UserError(f"--gradient_checkpointing: {error} Leave the option out") from error
     classifier = Classifier(inputs.model)
-    with hardware.together(accelerator):
+    with collectives.together(accelerator):
         packed = choose_layout(classifier, inputs.splits["train"], layout, accelerator.device)
     packed = all(gather_object([packed]))  # a trial could end differently on another machine
     longest = int(inputs.splits["train"].tokens.lengths.max())
@@ -168,7 +168,7 @@ def prepare(
             mixed_precision=accelerator.mixed_precision,
             sharded=shards(accelerator),
         ).budget(longest)
-    max_tokens = hardware.tokens_per_device(accelerator, needs, max_tokens_per_device)
+    max_tokens = device_memory.tokens_per_device(accelerator, needs, max_tokens_per_device)
     groups = parameter_groups(inputs.model, recipe.training)
     optimizer = build_optimizer(groups, recipe.training, accelerator.device, sharded=shards(accelerator))
     # The schedule stays unprepared: Accelerate's wrapper would move it once per process and update.
@@ -315,13 +315,13 @@ def received(run: Run, tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
     def keep(name: str, tensor: Tensor) -> Tensor:
         return share(tensor, held[name.partition(" ")[0]]) if tensor.dim() else tensor  # a count of steps is everyone's
 
-    return hardware.tensors_from_main_process(run.accelerator, tensors, keep)
+    return collectives.tensors_from_main_process(run.accelerator, tensors, keep)
 
 
 def write_model(run: Run, folder: Path, scores: dict[str, dict[str, float]], step: int) -> None:
     """Write the current weights, those of `step`, as a folder that transformers loads. Collective."""
     weights = whole_weights(run)
-    with hardware.together(run.accelerator):
+    with collectives.together(run.accelerator):
         if run.is_main:
             card = artifacts.model_card(run.inputs.recipe, run.inputs.label_names, step, scores)
             artifacts.save_model(folder, run.inputs.model, weights, run.inputs.tokenizer, card, step)
@@ -335,7 +335,7 @@ def write_best(run: Run, scores: dict[str, float]) -> None:
     in between goes on from the last one, and must find what it remembers.
     """
     folder = run.folder
-    with hardware.together(run.accelerator):
+    with collectives.together(run.accelerator):
         if run.is_main and folder.best.exists() and not folder.best_before.exists() and folder.checkpoints.exists():
             folder.best.rename(folder.best_before)
     write_model(run, run.folder.best, {"validation": scores}, run.state.step)
@@ -344,7 +344,7 @@ def write_best(run: Run, scores: dict[str, float]) -> None:
 def settle_best(run: Run) -> None:
     """After a restore, let `best/` hold the weights that the state calls best; if they are gone, forget them and say so."""
     folder, wanted, found = run.folder, run.state.best_step, True
-    with hardware.together(run.accelerator):
+    with collectives.together(run.accelerator):
         if run.is_main:
             if folder.weights_step(folder.best) != wanted:
                 shutil.rmtree(folder.best, ignore_errors=True)  # of steps that are about to be taken again
@@ -377,7 +377,7 @@ def save(run: Run) -> None:
         "num_processes": run.accelerator.num_processes,
         "max_tokens_per_device": run.max_tokens,
     }
-    with hardware.together(run.accelerator):  # a full disk ends all of them, with the message
+    with collectives.together(run.accelerator):  # a full disk ends all of them, with the message
         if run.is_main:
             run.folder.check_held()
             checkpoint.save_checkpoint(run.folder.checkpoints, run.state.step, weights, tensors, trainer_state)
@@ -472,7 +472,7 @@ def restore(run: Run, found: Saved | None, *, keep_token_budget: bool) -> None:
         found: what the main process read; on others None, for they may see no disk of its machine.
         keep_token_budget: take the checkpoint's.
     """
-    saved = hardware.from_main_process(run.accelerator, None if found is None else found.state)
+    saved = collectives.from_main_process(run.accelerator, None if found is None else found.state)
     weights = received(run, None if found is None else found.weights)
     tensors = received(run, None if found is None else found.optimizer)
     run.inputs.model.load_state_dict(weights)
@@ -509,20 +509,20 @@ def continue_run(run: Run, path: Path | None, allow_changed: Sequence[str], *, k
         RunFolderError: the checkpoint is damaged, or of another recipe or other data than the run's.
     """
     found: Saved | None = None
-    with hardware.together(run.accelerator):
+    with collectives.together(run.accelerator):
         if run.is_main:
             path = path or newest_checkpoint(run.folder)
             found = None if path is None else read_checkpoint(run, path, allow_changed)
-    steps = hardware.from_main_process(run.accelerator, None if found is None else found.state["state"]["step"])
-    with hardware.together(run.accelerator):
+    steps = collectives.from_main_process(run.accelerator, None if found is None else found.state["state"]["step"])
+    with collectives.together(run.accelerator):
         if path is None and not run.is_main and not run.folder.is_shared:
             check_left_behind(run.folder, steps or 0)
     if steps is not None:
         restore(run, found, keep_token_budget=keep_token_budget)
     if keep_token_budget:  # and what a process out of memory asked for
-        asked = hardware.from_main_process(run.accelerator, run.folder.token_budget() if run.is_main else None)
+        asked = collectives.from_main_process(run.accelerator, run.folder.token_budget() if run.is_main else None)
         run.max_tokens = min(gather_object([min(run.max_tokens, asked or run.max_tokens)]))
-    with hardware.together(run.accelerator):
+    with collectives.together(run.accelerator):
         if run.is_main:  # before anything that they refer to is changed: whoever is killed now goes on from here again
             checkpoint.abandon_later(run.folder.checkpoints, run.state.step)
     settle_best(run)
@@ -530,7 +530,7 @@ def continue_run(run: Run, path: Path | None, allow_changed: Sequence[str], *, k
         logger.info("no checkpoint in %s: starting from the beginning", run.folder.path)
     else:
         logger.info("continuing from %s, step %d of %d", path, run.state.step, run.plan.total_steps)
-    with hardware.together(run.accelerator):
+    with collectives.together(run.accelerator):
         if run.is_main:
             run.folder.cut_metrics(run.state.step, run.state.evaluated_step)
     run.accelerator.wait_for_everyone()
@@ -573,9 +573,9 @@ def find_folder(accelerator: Accelerator, folder: RunFolder) -> bool:
     Returns:
         whether all of them do.
     """
-    mark = hardware.from_main_process(accelerator, uuid4().hex)
+    mark = collectives.from_main_process(accelerator, uuid4().hex)
     with ExitStack() as around:
-        with hardware.together(accelerator):
+        with collectives.together(accelerator):
             if accelerator.is_main_process:
                 around.enter_context(folder.marked(mark))
         folder.is_shared = folder.sees(mark)
@@ -603,7 +603,7 @@ def heard_by_main(accelerator: Accelerator, folder: RunFolder) -> Iterator[None]
     except ProcessLost as error:
         end = time.monotonic() + LAST_WORDS
         while accelerator.is_main_process and time.monotonic() < end:
-            told = hardware.word_left()
+            told = rendezvous.word_left()
             if told:
                 if told["max_tokens"] is not None:
                     with suppress(RunFolderError):  # a full disk is not what ends the run
@@ -617,7 +617,7 @@ def heard_by_main(accelerator: Accelerator, folder: RunFolder) -> Iterator[None]
     except BaseException as error:
         if not accelerator.is_main_process:
             own = error if isinstance(error, AccelTrainerError) else None
-            hardware.leave_word(
+            rendezvous.leave_word(
                 {
                     "exit_code": own.exit_code if own else EXIT_FAILED,
                     "reason": without_secrets(str(own) if own else f"{type(error).__name__}: {error}"),

@@ -24,10 +24,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from accel_trainer import artifacts, hardware, metrics, rehearsal, xla
+from accel_trainer import artifacts, collectives, device_memory, hardware, metrics, rehearsal, xla
 from accel_trainer.callable_module import make_callable
+from accel_trainer.collectives import gather_object, lost_processes_named
 from accel_trainer.command_line import Parser
 from accel_trainer.data import Split
+from accel_trainer.device_memory import out_of_memory_named
 from accel_trainer.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -41,7 +43,6 @@ from accel_trainer.errors import (
 )
 from accel_trainer.evaluation import Logits, predict_logits
 from accel_trainer.feed import LoadedMicroBatch
-from accel_trainer.hardware import gather_object, lost_processes_named, out_of_memory_named
 from accel_trainer.inputs import Inputs, check_same, read_inputs_together
 from accel_trainer.loss import Tally, example_losses
 from accel_trainer.optim import clip_gradients
@@ -122,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = parse_arguments(argv)
     # Every process meets the same mistakes; one of them says so.
-    is_first = hardware.is_first_process()
+    is_first = collectives.is_first_process()
     write_any_text()
     speak_on(is_first)
     options = {name: value for name, value in vars(arguments).items() if name not in ("recipe", "overrides")}
@@ -158,7 +159,7 @@ def train_recipe(origin: Origin, output_dir: Path | None = None, **options: Any)
             recipe = load_recipe(origin.path, origin.overrides)
         return train(recipe, chosen, origin)
     except UserError as error:
-        if hardware.is_first_process() and not chosen.dry_run:
+        if collectives.is_first_process() and not chosen.dry_run:
             RunFolder(chosen.output_dir).note_mistake(error, resume=chosen.resumes)
         raise
 
@@ -211,7 +212,7 @@ def rehearse(recipe: Recipe, options: Options) -> dict[str, Any]:
             fit(run, stop)
             results = finish(run, stop)
         if run.is_main:
-            peak = hardware.peak_memory(run.accelerator.device)
+            peak = device_memory.peak_memory(run.accelerator.device)
             rehearsal.show(results, first_time, rehearsal.losses(folder), peak)
     return results
 
@@ -242,7 +243,7 @@ def prepared_run(
     speak_on(accelerator.is_main_process)
     quieten_libraries()
     with ExitStack() as around:
-        with lost_processes_named(accelerator), hardware.together(accelerator):
+        with lost_processes_named(accelerator), collectives.together(accelerator):
             if accelerator.is_main_process:
                 around.enter_context(opening)
         with lost_processes_named(accelerator):
@@ -295,7 +296,7 @@ def ended_together(run: Run) -> Iterator[StopRequest]:
         with handling(signal.SIG_IGN):
             close_trackers(run.accelerator)
             run.accelerator.wait_for_everyone()
-            hardware.leave_process_group(run.accelerator)
+            collectives.leave_process_group(run.accelerator)
         if interrupted is not None:
             raise interrupted
 
@@ -605,7 +606,7 @@ def take_best_weights(run: Run) -> int:
     if not run.inputs.recipe.saving.load_best_model_at_end or run.state.best_step is None:
         return run.state.step
     weights: dict[str, torch.Tensor] | None = None
-    with hardware.together(run.accelerator):
+    with collectives.together(run.accelerator):
         if run.is_main:
             if run.folder.weights_step(run.folder.best) != run.state.best_step:
                 raise RunFolderError(
@@ -637,7 +638,7 @@ def write_results(run: Run, step: int, logits: dict[str, Logits]) -> dict[str, A
             scores[role] = score(run, split, computed)
             details = metrics.detailed_report(computed, split.rows.labels, inputs.label_names)
             results[role] = {**scores[role], **details}
-        with hardware.together(run.accelerator):
+        with collectives.together(run.accelerator):
             if run.is_main:
                 records = artifacts.prediction_rows(split, inputs.recipe.dataset, computed, inputs.label_names)
                 run.folder.write_predictions(role, records)
@@ -694,4 +695,4 @@ make_callable(__name__)  # `from accel_trainer import train` is a function
 
 if __name__ == "__main__":
     ignore_stop_signals()  # but for what listens to them
-    hardware.end_process(main())
+    collectives.end_process(main())

@@ -461,12 +461,12 @@ def test_a_machine_with_other_files_is_told(
     model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(Path("in/a.parquet"), rows_of(0, 2))
-    sent = bulk_prediction.hardware.from_main_process
+    sent = bulk_prediction.collectives.from_main_process
 
     def as_the_first_one_has_it(accelerator: Any, value: Any) -> Any:
         return {**value, "inputs": {}} if isinstance(value, dict) and "inputs" in value else sent(accelerator, value)
 
-    monkeypatch.setattr(bulk_prediction.hardware, "from_main_process", as_the_first_one_has_it)
+    monkeypatch.setattr(bulk_prediction.collectives, "from_main_process", as_the_first_one_has_it)
     code, said = run(model, capsys, "--input", "in/*", "--output", "out")
     assert code == 2
     assert "in/a.parquet was not among the inputs on process 0; give all machines the same files and options" in said

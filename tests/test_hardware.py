@@ -23,7 +23,7 @@ from accelerate.utils import DistributedType, DynamoBackend
 from harness import OneOfMany, alone_on_the_cpu
 from torch.distributed import HashStore, Store
 
-from accel_trainer import hardware, xla
+from accel_trainer import collectives, device_memory, hardware, rendezvous, xla
 from accel_trainer.accelerate_keys import REFUSED
 from accel_trainer.errors import (
     AccelTrainerError,
@@ -83,7 +83,7 @@ def test_values_travel_as_text_on_tpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "PartialState", lambda: state)
     monkeypatch.setattr(xla, "PartialState", lambda: state)
     monkeypatch.setattr(xla, "gather", gather)
-    assert hardware.gather_object(own) == [*own, *other]
+    assert collectives.gather_object(own) == [*own, *other]
 
 
 def test_processes_that_torch_xla_starts_know_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,12 +168,12 @@ def test_processes_of_an_agent_that_keeps_its_store_meet_in_a_room(
     monkeypatch: pytest.MonkeyPatch, keeps_its_store: bool
 ) -> None:
     store = HashStore()
-    monkeypatch.setattr(hardware, "_STORES", [])
-    monkeypatch.setattr(hardware, "rendezvous", lambda _url, **_: iter([(store, 0, 1)]))
+    monkeypatch.setattr(rendezvous, "_STORES", [])
+    monkeypatch.setattr(rendezvous, "rendezvous", lambda _url, **_: iter([(store, 0, 1)]))
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(keeps_its_store))
     for _ in range(2):
-        assert hardware.meeting_place() == "room://"
-    found = [next(hardware._room_of_this_attempt("room://"))[0] for _ in range(2)]
+        assert rendezvous.meeting_place() == "room://"
+    found = [next(rendezvous._room_of_this_attempt("room://"))[0] for _ in range(2)]
     for place in found:
         place.set("address", "of this attempt")
     assert store.check(["address"]) is not keeps_its_store
@@ -181,14 +181,14 @@ def test_processes_of_an_agent_that_keeps_its_store_meet_in_a_room(
 
 
 def test_the_first_word_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "_STORES", [])
-    hardware.leave_word({"reason": "to nobody"})
-    assert hardware.word_left() == {}
-    monkeypatch.setattr(hardware, "_STORES", [HashStore()])
-    assert hardware.word_left() == {}
-    hardware.leave_word({"reason": "out of memory"})
-    hardware.leave_word({"reason": "ended by the launcher"})
-    assert hardware.word_left() == {"reason": "out of memory"}
+    monkeypatch.setattr(rendezvous, "_STORES", [])
+    rendezvous.leave_word({"reason": "to nobody"})
+    assert rendezvous.word_left() == {}
+    monkeypatch.setattr(rendezvous, "_STORES", [HashStore()])
+    assert rendezvous.word_left() == {}
+    rendezvous.leave_word({"reason": "out of memory"})
+    rendezvous.leave_word({"reason": "ended by the launcher"})
+    assert rendezvous.word_left() == {"reason": "out of memory"}
 
 
 ENDS = [UserError("no such file"), Interrupted("by a signal"), TrainingFailed("no number"), ValueError("odd")]
@@ -198,7 +198,7 @@ ENDS = [UserError("no such file"), Interrupted("by a signal"), TrainingFailed("n
 def test_the_main_process_ends_as_the_one_that_it_lost(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception
 ) -> None:
-    monkeypatch.setattr(hardware, "_STORES", [HashStore()])
+    monkeypatch.setattr(rendezvous, "_STORES", [HashStore()])
     folder = RunFolder(tmp_path)
     main, other = (cast(Accelerator, SimpleNamespace(is_main_process=is_main)) for is_main in (True, False))
     with pytest.raises(type(error)), heard_by_main(other, folder):
@@ -214,15 +214,15 @@ def test_gloo_is_told_the_network_that_leads_to_the_others(monkeypatch: pytest.M
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "of the user")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    hardware.name_the_network()
+    rendezvous.name_the_network()
     assert os.environ["GLOO_SOCKET_IFNAME"] == "of the user"
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     for address in ("127.0.0.1", "::1", "nowhere.invalid"):
         monkeypatch.setenv("MASTER_ADDR", address)
-        hardware.name_the_network()
+        rendezvous.name_the_network()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # all on this machine
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
-    hardware.name_the_network()
+    rendezvous.name_the_network()
     assert "GLOO_SOCKET_IFNAME" not in os.environ
 
 
@@ -249,7 +249,7 @@ def test_processes_that_do_not_reach_each_other(
 def rooms(store: Store, world_size: int) -> list[str]:
     """What the processes of an attempt agree on."""
     with ThreadPoolExecutor(world_size) as pool:
-        return list(pool.map(lambda rank: hardware.agreed_room(store, rank, world_size), reversed(range(world_size))))
+        return list(pool.map(lambda rank: rendezvous.agreed_room(store, rank, world_size), reversed(range(world_size))))
 
 
 def test_every_attempt_has_a_room_of_its_own() -> None:
@@ -267,7 +267,7 @@ def test_a_process_that_never_comes_is_not_waited_for_without_end() -> None:
     store.set_timeout(timedelta(seconds=0.2))
     store.set("asks 2", "of an earlier attempt")
     with pytest.raises(torch.distributed.DistStoreError, match="process 1 of 3 did not come within 0 seconds"):
-        hardware.agreed_room(store, 0, 3)
+        rendezvous.agreed_room(store, 0, 3)
 
 
 class Sum:
@@ -288,7 +288,7 @@ class Sum:
 
 @pytest.mark.parametrize("at_once", [2**26, 5])
 def test_tensors_come_from_the_main_process_to_the_bit(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "SENT_AT_ONCE", at_once)
+    monkeypatch.setattr(collectives, "SENT_AT_ONCE", at_once)
     tensors = {
         "floats": torch.tensor([[1.5, -0.0, float("nan")], [float("inf"), 1e-40, 3.0]]),
         "turned": torch.arange(6.0).reshape(2, 3).T,
@@ -298,9 +298,9 @@ def test_tensors_come_from_the_main_process_to_the_bit(at_once: int, monkeypatch
         "none": torch.zeros(0, 4),
     }
     first: Any = Sum(is_main=True)
-    assert hardware.tensors_from_main_process(first, tensors).keys() == tensors.keys()
+    assert collectives.tensors_from_main_process(first, tensors).keys() == tensors.keys()
     second: Any = Sum(is_main=False, others=first.brought)
-    found = hardware.tensors_from_main_process(second, None)
+    found = collectives.tensors_from_main_process(second, None)
     assert second.others == []
     assert all(tensor.count_nonzero() == 0 for tensor in second.brought)
     assert found.keys() == tensors.keys()
@@ -314,16 +314,16 @@ def test_a_process_keeps_what_it_wants_of_them(count: int) -> None:
     main: Any = Sum(is_main=True)
     main.num_processes = count
     tensors = {"a": torch.arange(4.0), "b": torch.arange(6.0)}
-    found = hardware.tensors_from_main_process(main, tensors, lambda name, tensor: tensor[: 1 + (name == "b")])
+    found = collectives.tensors_from_main_process(main, tensors, lambda name, tensor: tensor[: 1 + (name == "b")])
     assert {name: tensor.tolist() for name, tensor in found.items()} == {"a": [0.0], "b": [0.0, 1.0]}
 
 
 @pytest.mark.parametrize("value", [None, 3, {"a": [1.5, "好"], "b": {"inf": float("inf")}}])
 def test_a_value_comes_from_the_main_process(value: Any) -> None:
     first: Any = Sum(is_main=True)
-    assert hardware.from_main_process(first, value) == value
+    assert collectives.from_main_process(first, value) == value
     second: Any = Sum(is_main=False, others=first.brought)
-    assert hardware.from_main_process(second, "left aside") == value
+    assert collectives.from_main_process(second, "left aside") == value
 
 
 @pytest.mark.parametrize("seconds", [0, -5])
@@ -367,14 +367,20 @@ Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 7000"""
 def test_a_lost_process_has_one_name(error: Exception, named: type[Exception] | None, says: str, count: int) -> None:
     expected = named if named is not None and count > 1 else type(error)
     process: Any = OneOfMany(0, count)
-    with pytest.raises(expected, match=None if count == 1 else says) as caught, hardware.lost_processes_named(process):
+    with (
+        pytest.raises(expected, match=None if count == 1 else says) as caught,
+        collectives.lost_processes_named(process),
+    ):
         raise error
     assert (caught.value is error) == (expected is type(error))
 
 
 def test_a_file_that_cannot_be_had_is_a_mistake_of_all() -> None:
     process: Any = OneOfMany(0, 1)
-    with pytest.raises(UserError, match="/none/here: No such file or directory") as caught, hardware.together(process):
+    with (
+        pytest.raises(UserError, match="/none/here: No such file or directory") as caught,
+        collectives.together(process),
+    ):
         Path("/none/here").read_text()
     assert isinstance(caught.value.__cause__, OSError)
 
@@ -414,32 +420,32 @@ def test_versions_are_all_there() -> None:
 
 def test_budget_is_the_users_or_the_devices() -> None:
     accelerator = hardware.start_accelerator()
-    assert hardware.tokens_per_device(accelerator, (0, 1), 77) == 77
-    assert hardware.tokens_per_device(accelerator, (0, 1), None) == 4096
-    assert hardware.tokens_per_device(accelerator, (0, 1), 1) == 1
-    assert hardware.tokens_per_device(accelerator, (10**15, 1), None) == 512
+    assert device_memory.tokens_per_device(accelerator, (0, 1), 77) == 77
+    assert device_memory.tokens_per_device(accelerator, (0, 1), None) == 4096
+    assert device_memory.tokens_per_device(accelerator, (0, 1), 1) == 1
+    assert device_memory.tokens_per_device(accelerator, (10**15, 1), None) == 512
     for given in (0, -5):
         with pytest.raises(UserError, match=rf"--max_tokens_per_device {given}: give a positive number"):
-            hardware.tokens_per_device(accelerator, (0, 1), given)
+            device_memory.tokens_per_device(accelerator, (0, 1), given)
 
 
 def others_say(monkeypatch: pytest.MonkeyPatch, *messages: str | None) -> Any:
     """An accelerator with other processes, which say these messages after this one's."""
-    monkeypatch.setattr(hardware, "gather_object", lambda own: [*own, *messages])
+    monkeypatch.setattr(collectives, "gather_object", lambda own: [*own, *messages])
     return SimpleNamespace(num_processes=1 + len(messages))
 
 
 def test_a_mistake_on_one_process_is_raised_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
     with (
         pytest.raises(UserError, match=r"^process 2: theirs$"),
-        hardware.together(others_say(monkeypatch, None, "theirs")),
+        collectives.together(others_say(monkeypatch, None, "theirs")),
     ):
         pass
-    with pytest.raises(DataError, match="mine"), hardware.together(others_say(monkeypatch, "theirs")):
+    with pytest.raises(DataError, match="mine"), collectives.together(others_say(monkeypatch, "theirs")):
         raise DataError("mine")
-    with hardware.together(others_say(monkeypatch, None)):
+    with collectives.together(others_say(monkeypatch, None)):
         pass
-    with pytest.raises(DataError, match="alone"), hardware.together(others_say(monkeypatch)):
+    with pytest.raises(DataError, match="alone"), collectives.together(others_say(monkeypatch)):
         raise DataError("alone")
 
 
@@ -475,7 +481,7 @@ def test_a_mistake_before_the_processes_meet_is_told_to_other_machines(
     if here is not None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
     monkeypatch.setattr(hardware, "start_accelerator", start)
-    monkeypatch.setattr(hardware, "gather_object", gather)
+    monkeypatch.setattr(collectives, "gather_object", gather)
     with pytest.raises(DataError, match="no such file") as caught, hardware.told_to_other_machines(7):
         raise DataError("no such file")
     assert (times, told) == ([7] * met, ["no such file"] * met)
@@ -497,7 +503,7 @@ def test_the_first_process_goes_first_and_frees_the_others(first: bool, fails: b
     )
 
     def block() -> None:
-        with hardware.first_process_first(fake):
+        with collectives.first_process_first(fake):
             events.append("work")
             if fails:
                 raise UserError("mistake")
@@ -515,7 +521,7 @@ def test_a_process_that_was_in_a_group_ends_without_freeing_it(in_a_group: bool)
     """Gloo aborts some processes of those that free it at their very end (torch 2.13)."""
     program = f"""
 import atexit, sys
-from accel_trainer import hardware
+from accel_trainer import collectives
 
 class Group:
     def __del__(self):
@@ -523,9 +529,9 @@ class Group:
 
 group = Group()
 if {in_a_group}:
-    hardware._GROUPS.append(group)
+    collectives._GROUPS.append(group)
 atexit.register(print, "at exit", end="")  # not flushed
-hardware.end_process(75)
+collectives.end_process(75)
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ended.returncode == 75, ended.stderr

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from harness import alone_on_the_cpu, write_recipe_in
 
-from accel_trainer import hardware
+from accel_trainer import collectives
 from accel_trainer import inputs as module
 from accel_trainer.differences import differences
 from accel_trainer.errors import UserError
@@ -57,7 +57,7 @@ def test_processes_compare_what_they_read(recipe: Recipe, monkeypatch: pytest.Mo
     """The other process reads what this one does, but for one thing."""
     first: list[Any] = []
     accelerator, read = start_accelerator(), read_inputs
-    monkeypatch.setattr(hardware, "from_main_process", lambda _, own: first.append(own) or own)
+    monkeypatch.setattr(collectives, "from_main_process", lambda _, own: first.append(own) or own)
     read_inputs_together(accelerator, recipe)
 
     def other(*arguments: Any, **keywords: Any) -> Inputs:
@@ -72,7 +72,7 @@ def test_processes_compare_what_they_read(recipe: Recipe, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(module, "read_inputs", other)
     given = iter(first)
-    monkeypatch.setattr(hardware, "from_main_process", lambda *_: next(given))
+    monkeypatch.setattr(collectives, "from_main_process", lambda *_: next(given))
     if differs is None:
         read_inputs_together(accelerator, recipe)
         assert next(given, None) is None
@@ -92,7 +92,7 @@ def test_processes_compare_their_recipes_before_they_read(
     """Files may lie elsewhere; a key that is no mathematics would let one evaluate alone."""
     accelerator = start_accelerator()
     other = load_recipe(write_recipe_in(tmp_path / "elsewhere", evaluation={"eval_strategy": "steps", "eval_steps": 7}))
-    monkeypatch.setattr(hardware, "from_main_process", lambda *_: module.without_places(other))
+    monkeypatch.setattr(collectives, "from_main_process", lambda *_: module.without_places(other))
     monkeypatch.setattr(module, "read_inputs", None)
     said = r"given different recipes; give every machine the same one:\n.*  evaluation\.eval_steps: 7 on process 0, null on"
     with pytest.raises(UserError, match=f"(?s){said}") as caught:

@@ -116,10 +116,10 @@ def test_the_second_leg_is_not_excused_by_the_first(
 
 BROKEN = """
 import os
-from accel_trainer import dropout, hardware, train
+from accel_trainer import collectives, dropout, train
 keys = dropout.example_keys
 dropout.example_keys = lambda rows, *, seed, step: keys(rows, seed=seed + int(os.environ.get("RANK", 0)), step=step)
-hardware.end_process(train.main())
+collectives.end_process(train.main())
 """
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from accel_trainer import hardware, train
+from accel_trainer import collectives, train
 from accel_trainer.signals import ignore_stop_signals
 
 begin = PartialState.__init__
@@ -51,4 +51,4 @@ PartialState.__init__ = begin_as_on_cards  # type: ignore[method-assign]
 
 if __name__ == "__main__":
     ignore_stop_signals()
-    hardware.end_process(train.main())
+    collectives.end_process(train.main())

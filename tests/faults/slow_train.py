@@ -15,7 +15,7 @@ from typing import Any
 
 from accelerate.tracking import TensorBoardTracker
 
-from accel_trainer import checkpoint, hardware, train
+from accel_trainer import checkpoint, collectives, train
 from accel_trainer.signals import ignore_stop_signals
 
 SLOW = os.environ.get("SLOW", "")
@@ -78,4 +78,4 @@ elif SLOW == "closing":
 
 if __name__ == "__main__":
     ignore_stop_signals()
-    hardware.end_process(train.main())
+    collectives.end_process(train.main())

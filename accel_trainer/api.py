@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accel_trainer import collectives
+from accel_trainer import collectives, train_options
 from accel_trainer.errors import UserError
 from accel_trainer.recipe import Recipe
 
@@ -45,7 +45,7 @@ def train(
         recipe: path or name; or a recipe as `load_recipe` gives it.
         overrides: `section.key=value`; of a recipe that is loaded already, none.
         output_dir: folder of the run; None: runs/ and the recipe's name.
-        options: those of the command line, by their names: resume, layout, max_tokens_per_device, dry_run, … (`train.Options`).
+        options: those of the command line, by their names: resume, layout, max_tokens_per_device, dry_run, … (`train_options.Options`).
 
     Returns:
         the contents of results.json.
@@ -59,9 +59,9 @@ def train(
     from accel_trainer.origin import origin_of
     from accel_trainer.tracking import speak_on
 
-    unknown = sorted(options.keys() - {option.name for option in fields(trainer.Options)})
+    unknown = sorted(options.keys() - {option.name for option in fields(train_options.Options)})
     if unknown:
-        close = get_close_matches(unknown[0], [option.name for option in fields(trainer.Options)], 1)
+        close = get_close_matches(unknown[0], [option.name for option in fields(train_options.Options)], 1)
         guess = f"; did you mean {close[0]}?" if close else "; values of the recipe are given as section.key=value"
         raise UserError(f"train: there is no option {unknown[0]}{guess}")
     speak_on(collectives.is_first_process())
@@ -70,7 +70,7 @@ def train(
             raise UserError(
                 "train: give overrides to load_recipe, and an output_dir, for a recipe that is loaded already"
             )
-        return trainer.train(recipe, trainer.Options(Path(output_dir).expanduser().absolute(), **options))
+        return trainer.train(recipe, train_options.Options(Path(output_dir).expanduser().absolute(), **options))
     return trainer.train_recipe(
         origin_of(str(recipe), overrides), None if output_dir is None else Path(output_dir), **options
     )

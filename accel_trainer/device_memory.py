@@ -14,9 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from accel_trainer.batching import token_budget
-from accel_trainer.collectives import (
-    gather_object,
-)
+from accel_trainer.collectives import gather_object
 from accel_trainer.errors import OutOfMemory, UserError
 
 # How errors without a type of their own say that the memory is full: CUDA, ROCm and MPS; CPU; cuBLAS and cuDNN; XLA.

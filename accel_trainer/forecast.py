@@ -22,6 +22,7 @@ from accel_trainer.accelerate_config import AccelerateConfig
 from accel_trainer.batching import divide_split, token_budget
 from accel_trainer.data import Split
 from accel_trainer.feed import StepSize
+from accel_trainer.finishing import SCORED
 from accel_trainer.inputs import Inputs, read_inputs
 from accel_trainer.launching import LAUNCH_VARIABLES
 from accel_trainer.memory import Extent, MemoryNeeds, optimizer_bytes, training_needs
@@ -34,7 +35,6 @@ from accel_trainer.signals import interrupted_by_signals
 from accel_trainer.speed import Speed, measure
 from accel_trainer.terminal import gib
 from accel_trainer.tracking import quieten_libraries
-from accel_trainer.train import SCORED
 
 # Bytes of a line of predictions: beside text and probabilities, of each probability, of the text of each token. Assumptions.
 ROW_BYTES, LABEL_BYTES, TOKEN_BYTES = 120, 40, 5

@@ -22,13 +22,7 @@ from accelerate.utils import (
 
 from accel_trainer import COLLECTION_THRESHOLD, xla
 from accel_trainer.accelerate_keys import FSDP_MUST, FSDP_PRECISIONS, REFUSED, fsdp_remedy
-from accel_trainer.collectives import (
-    LOST,
-    first_sentence,
-    is_first_process,
-    lost_processes_named,
-    together,
-)
+from accel_trainer.collectives import LOST, first_sentence, is_first_process, lost_processes_named, together
 from accel_trainer.device_memory import keep_freed_memory, smallest_memory
 from accel_trainer.errors import AccelTrainerError, HardwareError, UserError
 from accel_trainer.redaction import without_secrets

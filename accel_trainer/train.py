@@ -9,27 +9,21 @@ the hardware. How a global batch is cut into micro-batches is decided here, and 
 
 from __future__ import annotations
 
-import argparse
 import math
-import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
-from accel_trainer import artifacts, collectives, device_memory, hardware, metrics, rehearsal, xla
+from accel_trainer import collectives, device_memory, hardware, metrics, rehearsal, xla
 from accel_trainer.callable_module import make_callable
-from accel_trainer.collectives import gather_object, lost_processes_named
-from accel_trainer.command_line import Parser
-from accel_trainer.data import Split
 from accel_trainer.device_memory import out_of_memory_named
+from accel_trainer.endings import ended_together, fail_not_finite, halve_token_budget, stopped
 from accel_trainer.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -37,82 +31,29 @@ from accel_trainer.errors import (
     Interrupted,
     OutOfMemory,
     ProcessLost,
-    RunFolderError,
     TrainingFailed,
     UserError,
 )
-from accel_trainer.evaluation import Logits, predict_logits
 from accel_trainer.feed import LoadedMicroBatch
-from accel_trainer.inputs import Inputs, check_same, read_inputs_together
+from accel_trainer.finishing import finish, show
 from accel_trainer.loss import Tally, example_losses
+from accel_trainer.opening import prepared_run
 from accel_trainer.optim import clip_gradients
 from accel_trainer.origin import Origin, origin_of
 from accel_trainer.recipe import Recipe
 from accel_trainer.recipe_file import load_recipe
 from accel_trainer.redaction import without_secrets
-from accel_trainer.run import (
-    Run,
-    StepStatistics,
-    continue_run,
-    fail_not_finite,
-    find_folder,
-    halve_token_budget,
-    heard_by_main,
-    note_compilations,
-    prepare,
-    received,
-    record,
-    save,
-    throughput,
-    write_best,
-    write_model,
-    write_run_json,
-)
-from accel_trainer.run_folder import RunFolder, opened, watched, write_json
+from accel_trainer.resuming import continue_run
+from accel_trainer.run import Run, StepStatistics, note_compilations, record, save, write_best
+from accel_trainer.run_folder import RunFolder, opened
+from accel_trainer.scoring import logits_of, score
 from accel_trainer.sharding import is_sharded
-from accel_trainer.signals import StopRequest, handling, ignore_stop_signals, interrupted_by_signals
+from accel_trainer.signals import StopRequest, ignore_stop_signals, interrupted_by_signals
 from accel_trainer.terminal import complain, write_any_text
-from accel_trainer.tracking import Progress, close_trackers, logger, print_scores, quieten_libraries, speak_on
+from accel_trainer.tracking import Progress, logger, speak_on
+from accel_trainer.train_options import Options, parse_arguments
 
-SCORED = ("validation", "test")  # at the end, in this order
-LAYOUTS = ("auto", "packed", "padded")
 SLOWER = "A smaller training.learning_rate, a warm-up or training.max_grad_norm often helps."
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the command line decides: where, how far at once, and nothing that a gradient depends on."""
-
-    output_dir: Path
-    resume: bool = False
-    resume_from_checkpoint: Path | None = None
-    allow_changed: Sequence[str] = ()
-    max_tokens_per_device: int | None = None
-    layout: str = "auto"
-    gradient_checkpointing: bool = False
-    stop_after: int | None = None
-    ddp_timeout: int = hardware.TIMEOUT
-    dry_run: bool = False
-    trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        if self.layout not in LAYOUTS:
-            raise UserError(f"--layout {self.layout}: choose from {', '.join(LAYOUTS)}")
-        if not self.output_dir.name:
-            raise UserError(f"--output_dir {self.output_dir}: name a folder for the run")
-        if self.dry_run and (self.resumes or self.stop_after is not None):
-            raise UserError("--dry_run: it takes steps of its own; leave --resume and --stop_after out")
-
-    @property
-    def resumes(self) -> bool:
-        """Whether the run goes on from a checkpoint, if there is one."""
-        return self.resume or self.resume_from_checkpoint is not None
-
-    @property
-    def agreed(self) -> dict[str, Any]:
-        """What all processes must have been told alike."""
-        alike = ("layout", "gradient_checkpointing", "max_tokens_per_device", "stop_after", "dry_run")
-        return {"--resume": self.resumes, **{f"--{name}": getattr(self, name) for name in alike}}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -217,90 +158,6 @@ def rehearse(recipe: Recipe, options: Options) -> dict[str, Any]:
     return results
 
 
-@contextmanager
-def prepared_run(
-    recipe: Recipe,
-    options: Options,
-    folder: RunFolder,
-    opening: AbstractContextManager[None],
-    origin: Origin | None = None,
-    shorten: Callable[[Inputs], Inputs] = lambda inputs: inputs,
-) -> Iterator[Run]:
-    """A run on its hardware, ready for its next step; status.json is true whatever becomes of it in the block.
-
-    Args:
-        recipe: resolved.
-        options: of the launch.
-        folder: of the run.
-        opening: what the main process does with the folder before anything is written there, and after everything was.
-        origin: where the recipe stands.
-        shorten: what is taken of the inputs.
-
-    Raises:
-        UserError, Interrupted, TrainingFailed: as `train`.
-    """
-    accelerator = hardware.start_accelerator(recipe.tracking.report_to, folder.path, options.ddp_timeout)
-    speak_on(accelerator.is_main_process)
-    quieten_libraries()
-    with ExitStack() as around:
-        with lost_processes_named(accelerator), collectives.together(accelerator):
-            if accelerator.is_main_process:
-                around.enter_context(opening)
-        with lost_processes_named(accelerator):
-            all_share = find_folder(accelerator, folder)
-            check_same(accelerator, options.agreed, "were launched differently", "type the same line on every machine")
-        watch = around.enter_context(watched(folder, accelerator.is_main_process))
-        if not all_share:
-            around.enter_context(heard_by_main(accelerator, folder))
-        around.enter_context(interrupted_by_signals())
-        around.enter_context(lost_processes_named(accelerator))
-        inputs = read_inputs_together(accelerator, recipe, trust_remote_code=options.trust_remote_code)
-        for note in inputs.notes:
-            logger.info("note: %s", note)
-        run = prepare(
-            accelerator,
-            shorten(inputs),
-            folder,
-            layout=options.layout,
-            max_tokens_per_device=options.max_tokens_per_device,
-            gradient_checkpointing=options.gradient_checkpointing,
-        )
-        if options.resumes:
-            continue_run(
-                run,
-                options.resume_from_checkpoint,
-                options.allow_changed,
-                keep_token_budget=options.max_tokens_per_device is None,
-            )
-        if options.stop_after is not None and options.stop_after <= run.state.step:
-            raise UserError(
-                f"--stop_after {options.stop_after}: the run is at step {run.state.step}; give a later step"
-            )
-        write_run_json(run, origin)
-        watch.steps_done = lambda: run.state.step
-        yield run
-
-
-@contextmanager
-def ended_together(run: Run) -> Iterator[StopRequest]:
-    """Note requests to stop while the block lasts. At its end, or interrupted on every process, all of them leave together.
-
-    A launcher ends the other processes as soon as one has ended.
-    """
-    with StopRequest() as stop:
-        interrupted = None
-        try:
-            yield stop
-        except Interrupted as error:
-            interrupted = error
-        with handling(signal.SIG_IGN):
-            close_trackers(run.accelerator)
-            run.accelerator.wait_for_everyone()
-            collectives.leave_process_group(run.accelerator)
-        if interrupted is not None:
-            raise interrupted
-
-
 def fit(run: Run, stop: StopRequest, until: int | None = None) -> None:
     """Train to the end of the plan, logging, evaluating and saving at its moments; or to a step, and save there.
 
@@ -377,11 +234,6 @@ def evaluate_and_save(run: Run, stop: StopRequest, *, asked: bool = False, ends_
         asked = asked or stop.agreed(run.accelerator, now=True)
     if asked:
         raise stopped(run)
-
-
-def stopped(run: Run) -> Interrupted:
-    """What to say of a run that ends before its end."""
-    return Interrupted(f"interrupted after step {run.state.step} of {run.plan.total_steps}; continue with --resume")
 
 
 def training_step(run: Run, step: int) -> StepStatistics:
@@ -543,152 +395,6 @@ def evaluate_during_training(run: Run, stop: StopRequest) -> None:
     if state.stopped_early:
         logger.info("stopping early: no better %s in %d evaluations", settings.best_metric, patience)
     state.seconds["evaluate"] += time.perf_counter() - started
-
-
-def logits_of(run: Run, split: Split, stop: StopRequest) -> Logits:
-    """Logits of a split, in smaller micro-batches if they do not fit; the same on every process.
-
-    Raises:
-        Interrupted: a signal came.
-    """
-    while True:
-        try:
-            return predict_logits(
-                run.accelerator,
-                run.model,
-                split.tokens,
-                run.max_tokens,
-                packed=run.packed,
-                between=stop.between(run.accelerator),
-            )
-        except OutOfMemory as error:
-            halve_token_budget(run, error)
-
-
-def score(run: Run, split: Split, logits: Logits) -> dict[str, float]:
-    """The recipe's metrics and the plain loss of a labelled split; the main process's numbers on all, which decide by them."""
-    average = run.inputs.recipe.evaluation.average
-    computed = metrics.compute_metrics(run.inputs.metrics, logits, split.rows.labels, average=average)
-    return gather_object([computed])[0]  # type: ignore[no-any-return]
-
-
-def finish(run: Run, stop: StopRequest) -> dict[str, Any]:
-    """Take the best weights if the recipe says so, score every split, and write what the run leaves.
-
-    Returns:
-        the contents of results.json.
-
-    Raises:
-        Interrupted: a signal came; a checkpoint of the last step is there.
-    """
-    unsaved = run.plan.save_every is None
-    last = {name: weight.clone() for name, weight in run.inputs.model.state_dict().items()} if unsaved else {}
-    step = take_best_weights(run)
-    try:
-        logits = {role: logits_of(run, run.inputs.splits[role], stop) for role in SCORED if role in run.inputs.splits}
-    except Interrupted:
-        if unsaved:
-            run.inputs.model.load_state_dict(last)
-            save(run)
-        raise
-    return write_results(run, step, logits)
-
-
-def take_best_weights(run: Run) -> int:
-    """Let the model have the best weights, if the recipe says so and there are any.
-
-    Returns:
-        the step of the weights that it has.
-
-    Raises:
-        RunFolderError: they are gone or damaged.
-    """
-    if not run.inputs.recipe.saving.load_best_model_at_end or run.state.best_step is None:
-        return run.state.step
-    weights: dict[str, torch.Tensor] | None = None
-    with collectives.together(run.accelerator):
-        if run.is_main:
-            if run.folder.weights_step(run.folder.best) != run.state.best_step:
-                raise RunFolderError(
-                    f"{run.folder.best}: the weights of step {run.state.best_step} are not there or damaged; bring them back, or "
-                    "set saving.load_best_model_at_end=false, and run again with --resume"
-                )
-            weights = load_file(run.folder.best / "model.safetensors")
-    run.inputs.model.load_state_dict(received(run, weights))
-    return run.state.best_step
-
-
-def write_results(run: Run, step: int, logits: dict[str, Logits]) -> dict[str, Any]:
-    """Score the splits; write predictions, model and results.json.
-
-    Args:
-        run: at its end.
-        step: of the model's weights.
-        logits: of every split, by role.
-
-    Returns:
-        the contents of results.json.
-    """
-    inputs = run.inputs
-    results: dict[str, Any] = {"train": throughput(run)}
-    scores: dict[str, dict[str, float]] = {}
-    for role, computed in logits.items():
-        split = inputs.splits[role]
-        if split.rows.is_labelled:
-            scores[role] = score(run, split, computed)
-            details = metrics.detailed_report(computed, split.rows.labels, inputs.label_names)
-            results[role] = {**scores[role], **details}
-        with collectives.together(run.accelerator):
-            if run.is_main:
-                records = artifacts.prediction_rows(split, inputs.recipe.dataset, computed, inputs.label_names)
-                run.folder.write_predictions(role, records)
-    write_model(run, run.folder.model, scores, step)
-    if run.is_main:
-        write_json(run.folder.results, results)
-    return results
-
-
-def show(run: Run, results: dict[str, Any]) -> None:
-    """Print what results.json holds, for people."""
-    if not run.is_main:
-        return
-    scored = {role: results[role] for role in SCORED if role in results}
-    for role, scores in scored.items():
-        print(f"\n{role}\n{metrics.classification_report(scores)}")
-    print_scores(
-        {role: {name: x for name, x in scores.items() if isinstance(x, float)} for role, scores in scored.items()}
-    )
-    print(f"\nrun: {run.folder.path}\nmodel: {run.folder.model}", flush=True)
-
-
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; what stands free after the recipe is an override."""
-    parser = Parser(
-        prog="accel_trainer.train",
-        description="Train a text classifier from a recipe.",
-        epilog="accelerate launch --config_file accelerate_configs/cpu.yaml -m accel_trainer.train recipes/quickstart.yaml",
-    )
-    add = parser.add_argument
-    add("recipe", help="path of a recipe, or its name in the library, such as imdb/distilbert")
-    add("overrides", nargs="*", metavar="section.key=value", help="values that replace the recipe's")
-    add("--output_dir", type=Path, help="folder of the run (default: runs/ and the recipe's name)")
-    add("--resume", action="store_true", help="continue from the newest checkpoint, or start if there is none")
-    add("--resume_from_checkpoint", type=Path, metavar="PATH", help="continue from this checkpoint")
-    add("--allow_changed", action="append", default=[], metavar="KEY", help="continue although this key has changed")
-    add("--stop_after", type=int, metavar="STEP", help="save and stop after this step, as a signal would")
-    add("--max_tokens_per_device", type=int, metavar="N", help="tokens per micro-batch, padding included")
-    add("--layout", choices=LAYOUTS, default="auto", help="packed: without padding, where possible")
-    add("--gradient_checkpointing", action="store_true", help="compute activations twice instead of keeping them")
-    add(
-        "--ddp_timeout", type=int, default=hardware.TIMEOUT, metavar="SECONDS",
-        help="how long processes wait for one that does not answer (default: %(default)s)",
-    )  # fmt: skip
-    add(
-        "--dry_run", action="store_true",
-        help="take two steps on the longest rows, with evaluation, save and resume, say how it went and leave nothing",
-    )  # fmt: skip
-    add("--trust_remote_code", action="store_true", help="run code that the checkpoint's repository holds")
-    return parser.parse_intermixed_args(argv)
 
 
 make_callable(__name__)  # `from accel_trainer import train` is a function

@@ -18,7 +18,8 @@ from accelerate.utils import DistributedType
 
 from accel_trainer.errors import Interrupted
 from accel_trainer.inputs import Inputs
-from accel_trainer.run import continue_run, prepare
+from accel_trainer.resuming import continue_run
+from accel_trainer.run import prepare
 from accel_trainer.run_folder import RunFolder
 from accel_trainer.signals import StopRequest
 from accel_trainer.train import fit

@@ -25,6 +25,7 @@ from torch.distributed import HashStore, Store
 
 from accel_trainer import collectives, device_memory, hardware, rendezvous, xla
 from accel_trainer.accelerate_keys import REFUSED
+from accel_trainer.endings import heard_by_main
 from accel_trainer.errors import (
     AccelTrainerError,
     DataError,
@@ -34,7 +35,6 @@ from accel_trainer.errors import (
     TrainingFailed,
     UserError,
 )
-from accel_trainer.run import heard_by_main
 from accel_trainer.run_folder import RunFolder
 
 
@@ -80,7 +80,7 @@ def test_values_travel_as_text_on_tpus(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.cat([sent, xla.filled(torch.tensor(list(longer), dtype=torch.uint8), len(longer))])
 
     state = SimpleNamespace(distributed_type=DistributedType.XLA, device=torch.device("cpu"))
-    monkeypatch.setattr(hardware, "PartialState", lambda: state)
+    monkeypatch.setattr(collectives, "PartialState", lambda: state)
     monkeypatch.setattr(xla, "PartialState", lambda: state)
     monkeypatch.setattr(xla, "gather", gather)
     assert collectives.gather_object(own) == [*own, *other]

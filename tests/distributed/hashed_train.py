@@ -6,7 +6,7 @@ import hashlib
 import sys
 from typing import Any
 
-from accel_trainer import collectives, train
+from accel_trainer import collectives, finishing, opening, train
 from accel_trainer.model import weights_sha256
 from accel_trainer.run import optimizer_state
 from accel_trainer.signals import ignore_stop_signals
@@ -34,8 +34,8 @@ def telling_best(run: Any) -> int:
     return step
 
 
-continue_run, take_best_weights = train.continue_run, train.take_best_weights
-train.continue_run, train.take_best_weights = telling_continue, telling_best
+continue_run, take_best_weights = opening.continue_run, finishing.take_best_weights
+opening.continue_run, finishing.take_best_weights = telling_continue, telling_best
 
 if __name__ == "__main__":
     ignore_stop_signals()

@@ -36,7 +36,8 @@ from accel_trainer.evaluation import predict_logits
 from accel_trainer.feed import Feed
 from accel_trainer.inputs import Inputs, read_inputs
 from accel_trainer.recipe_file import load_recipe
-from accel_trainer.run import continue_run, prepare
+from accel_trainer.resuming import continue_run
+from accel_trainer.run import prepare
 from accel_trainer.run_folder import RunFolder, opened
 from accel_trainer.signals import StopRequest
 

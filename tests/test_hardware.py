@@ -111,7 +111,9 @@ def sharding(**more: Any) -> Any:
     """An Accelerator of FSDP, as far as it is looked at."""
     state = SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=more.pop("backend", DynamoBackend.NO)))
     known = {"num_processes": 1, "distributed_type": DistributedType.FSDP, "log_with": [], "state": state}
-    return SimpleNamespace(**known, **{"mixed_precision": "no", "parallelism_config": None, **more})
+    return SimpleNamespace(
+        **known, **{"device": torch.device("cuda"), "mixed_precision": "no", "parallelism_config": None, **more}
+    )
 
 
 @pytest.mark.parametrize(

@@ -911,8 +911,9 @@ def test_the_best_of_an_abandoned_history_is_forgotten(place: Path, undisturbed:
 
 
 def test_best_weights_that_are_gone_at_the_end(place: Path, undisturbed: Outcome, monkeypatch: Any) -> None:
+    from accel_trainer import train
 
-    finish = finishing.finish
+    finish = train.finish
 
     def robbed(run: Any, stop: Any) -> Any:
         (run.folder.best / "model.safetensors").write_bytes(b"")
@@ -920,7 +921,7 @@ def test_best_weights_that_are_gone_at_the_end(place: Path, undisturbed: Outcome
 
     folder = place / "robbed"
     with monkeypatch.context() as patch:
-        patch.setattr(finishing, "finish", robbed)
+        patch.setattr(train, "finish", robbed)
         outcome = run_trainer(place / "best.yaml", folder)
     assert outcome.code == 2
     assert f"the weights of step {improvements(undisturbed)[-1]} are not there or damaged" in outcome.err

@@ -14,7 +14,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accel_trainer import collectives, train_options
 from accel_trainer.errors import UserError
 from accel_trainer.recipe import Recipe
 
@@ -55,6 +54,7 @@ def train(
         Interrupted: a signal came; what was done is saved.
         TrainingFailed: training cannot go on.
     """
+    from accel_trainer import collectives, train_options
     from accel_trainer import train as trainer
     from accel_trainer.origin import origin_of
     from accel_trainer.tracking import speak_on

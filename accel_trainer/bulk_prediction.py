@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from logging import WARNING
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ from accel_trainer.predictor import (
     text_columns,
 )
 from accel_trainer.recipe import ModelSection
-from accel_trainer.tracking import logger, quieten_libraries, speak_on
+from accel_trainer.tracking import heard, logger, quieten_libraries, speak_on
 from accel_trainer.writing import sweep_unfinished
 
 FORMATS = ("parquet", "jsonl", "csv")
@@ -220,7 +219,7 @@ def _work(job: Job) -> None:
                             "" if mine else f"; another process is at work on {part.target}")  # fmt: skip
     finally:
         claims.close()
-        with _heard():
+        with heard():
             tell_of_blanks(tally.first_blank, tally.blank)
             tell_of_formulas(output, tally.first_defused, tally.defused)
     sweep_unfinished(*folders)  # of those that died meanwhile
@@ -230,21 +229,10 @@ def _work(job: Job) -> None:
         print(f"{output}: {rest if done < len(parts) else all_rows}", flush=True)
 
 
-@contextmanager
-def _heard() -> Iterator[None]:
-    """Let every process warn, of what it alone knows."""
-    level = logger.level
-    logger.setLevel(min(level, WARNING))
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
 def _remove_damaged(job: Job) -> None:
     """Remove what is no longer as it was finished, of this process's share, so that it is done again."""
     for part in _share(job):
-        with suppress(FileNotFoundError), _heard():
+        with suppress(FileNotFoundError), heard():
             if what := damage(part.target, part.stop - part.start):
                 logger.warning("%s: it is damaged (%s); its rows are labelled again", part.target, what)
                 part.target.unlink()

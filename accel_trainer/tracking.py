@@ -10,6 +10,8 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import datasets
@@ -42,6 +44,17 @@ def speak_on(main_process: bool) -> None:
     logger.propagate = False
     logger.setLevel(logging.INFO)
     _quiet.below = logging.INFO if main_process else logging.ERROR
+
+
+@contextmanager
+def heard() -> Iterator[None]:
+    """Let this process warn in the block, whichever it is, of what it alone knows."""
+    before = getattr(_quiet, "below", logging.INFO)
+    _quiet.below = min(before, logging.WARNING)
+    try:
+        yield
+    finally:
+        _quiet.below = before
 
 
 def quieten_libraries() -> None:

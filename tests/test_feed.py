@@ -264,6 +264,7 @@ def slow(self, step, max_tokens):
     return work(self, step, max_tokens)
 
 Feed.work = slow
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have this ignored in the background
 for case in ("waiting", "computing"):  # two programs for the price of one start: the imports take seconds
     child = os.fork()
     if child == 0:

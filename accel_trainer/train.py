@@ -75,9 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             train_recipe(origin, **options)
     except AccelTrainerError as error:
         is_told = isinstance(error, UserError) and error.is_told
-        if (is_first and not is_told) or isinstance(
-            error, OutOfMemory | ProcessLost
-        ):  # which not every process knows of
+        is_own = isinstance(error, OutOfMemory | ProcessLost)  # which not every process knows of
+        if (is_first and not is_told) or is_own:
             complain(error)
         return xla.end_function(error.exit_code)
     except Exception:

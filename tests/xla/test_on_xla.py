@@ -53,6 +53,9 @@ def compiled(folder: Path) -> list[int]:
     return [int(line) for line in (folder / "compiled").read_text().splitlines()]
 
 
+SEVERAL_SHAPES = ("--max_tokens_per_device", "24")
+
+
 @pytest.fixture(scope="module")
 def cpu(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """24 steps in three epochs, the last batch of each a short one, dropout on."""
@@ -63,9 +66,10 @@ def cpu(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
 
 @pytest.fixture(scope="module", params=[1, 2])
 def xla(request: pytest.FixtureRequest, cpu: Outcome, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """The same on one device, and on two."""
+    """The same on one device, and on two, in two shapes."""
     folder = tmp_path_factory.mktemp("xla")
-    return run(on_xla(folder, request.param, str(cpu.folder.parent / "tiny.yaml"), "--output_dir", "run"), "run")
+    line = (str(cpu.folder.parent / "tiny.yaml"), "--output_dir", "run", *SEVERAL_SHAPES)
+    return run(on_xla(folder, request.param, *line), "run")
 
 
 def assert_same(one: Outcome, other: Outcome) -> None:

@@ -33,8 +33,8 @@ def predict_logits(
 ) -> Logits:
     """Logits of all rows, on every process.
 
-    The rows are dealt out by `divide_split`, or `divide_into` a few shapes. Nothing but one padded tensor of logits is gathered: which rows a process
-    computed follows from the lengths, so that no ids need to travel.
+    The rows are dealt out by `divide_split`, or by `divide_into` to a few shapes. Nothing but one padded tensor of logits is
+    gathered: which rows a process computed follows from the lengths, so that no ids need to travel.
 
     Args:
         accelerator: the run's.

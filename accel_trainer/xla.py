@@ -36,7 +36,7 @@ def keep_float32(accelerator: Accelerator) -> None:
     """
     if computes_on(accelerator.device):
         os.environ.update(dict.fromkeys(BF16, "0"))
-        accelerator.native_amp = accelerator.mixed_precision == "bf16"
+        accelerator.native_amp |= accelerator.mixed_precision == "bf16"
 
 
 def end_graph(device: torch.device) -> None:

@@ -111,9 +111,7 @@ def test_bf16_is_heard_and_stays_autocast(monkeypatch: pytest.MonkeyPatch, by: s
     assert os.environ["ACCELERATE_MIXED_PRECISION"] == "bf16"
     for precision in ("bf16", "no"):
         monkeypatch.setenv(by, "1")
-        accelerator: Any = SimpleNamespace(
-            device=torch.device("xla"), mixed_precision=precision, native_amp=precision == "bf16"
-        )
+        accelerator: Any = SimpleNamespace(device=torch.device("xla"), mixed_precision=precision, native_amp=False)
         xla.keep_float32(accelerator)
         assert [os.environ[name] for name in xla.BF16] == ["0", "0"]
         assert accelerator.native_amp == (precision == "bf16")

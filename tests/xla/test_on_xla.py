@@ -92,7 +92,8 @@ def assert_compiled_once_for_each_shape(done: Outcome, beside: int) -> None:
     shapes = {role: len(found) for role, found in facts["shapes"].items()}
     assert shapes == {"training": 2, "validation": 3, "test": 2}
     # Beside the shapes: the first update, where it makes a state, and the others, each with a reduction of its own on two
-    # devices; what adds up the losses, and what reads them; what agrees on a stop.
+    # devices; what adds up the losses, and what reads them; what agrees on a stop. Of two devices one may note the first step
+    # while the other still compiles for it.
     added = after[7] - after[0] - shapes["training"]
     assert added == beside if facts["hardware"]["num_processes"] == 1 else added <= beside
     assert after[8] - after[7] == shapes["validation"] + 1  # logits are gathered
@@ -101,7 +102,7 @@ def assert_compiled_once_for_each_shape(done: Outcome, beside: int) -> None:
 
 
 def test_graphs_are_compiled_once_for_each_shape(xla: Outcome) -> None:
-    assert_compiled_once_for_each_shape(xla, {1: 4, 2: 6}[xla.json("run.json")["hardware"]["num_processes"]])
+    assert_compiled_once_for_each_shape(xla, {1: 4, 2: 8}[xla.json("run.json")["hardware"]["num_processes"]])
 
 
 def test_gradient_descent_compiles_no_more(cpu: Outcome, tmp_path: Path) -> None:

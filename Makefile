@@ -2,8 +2,8 @@
 #   make quickstart   install, train on the reviews that come with the project, evaluate, predict
 #   make test         install what development needs, run the whole test suite
 #   make hosts        one process against two machines and elastic ones, the largest differences shown; Linux, as root
-#   make test-xla     the same for XLA, by which TPUs compute, on its own CPU devices: 8 GB in .venv-xla
-#   make soak         do it an hour of damage
+#   make test-xla     the tests of XLA, by which TPUs compute, on its own CPU devices: 8 GB in .venv-xla
+#   make soak         damage runs for an hour, and see that they go on
 
 PYTHON ?= python3
 BIN := .venv/bin

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from accelerate import Accelerator
 
-from accel_trainer import artifacts, checkpoint, collectives, rendezvous
+from accel_trainer import artifacts, checkpoint, collectives, rendezvous, xla
 from accel_trainer.batching import smaller_budget
 from accel_trainer.errors import (
     EXIT_FAILED,
@@ -25,7 +25,7 @@ from accel_trainer.errors import (
     UserError,
 )
 from accel_trainer.redaction import without_secrets
-from accel_trainer.run import Run
+from accel_trainer.run import Run, all_shapes, amend_run_json
 from accel_trainer.run_folder import LAST_WORDS, RunFolder, write_json
 from accel_trainer.signals import StopRequest, handling
 from accel_trainer.tracking import close_trackers, logger
@@ -104,13 +104,17 @@ def halve_token_budget(run: Run, error: OutOfMemory) -> None:
             that this one can only end and leave the halved budget for `--resume`.
     """
     if error.examples == 1:
+        saves = "" if xla.computes_on(run.accelerator.device) else "--gradient_checkpointing, "
         raise OutOfMemory(
-            f"{error}: even single examples do not fit; shorten dataset.max_length, or use --gradient_checkpointing, a smaller "
-            "checkpoint or a larger device. The last checkpoint is kept"
+            f"{error}: even single examples do not fit; shorten dataset.max_length, or use {saves}a smaller checkpoint or a larger "
+            "device. The last checkpoint is kept"
         ) from error
     run.max_tokens = smaller_budget(run.max_tokens, error.tokens)
     if run.accelerator.num_processes == 1:
         logger.warning("out of memory: going on with micro-batches of %d tokens (%s)", run.max_tokens, str(error))
+        if run.feed.few_shapes:
+            with suppress(RunFolderError):  # a full disk is not what ends the run
+                amend_run_json(run, max_tokens_per_device=run.max_tokens, shapes=all_shapes(run))
         return
     ended = OutOfMemory(
         f"{error}: process {run.accelerator.process_index} of {run.accelerator.num_processes} is out of memory; run the same "

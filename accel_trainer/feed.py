@@ -16,7 +16,7 @@ from torch import Tensor
 from accel_trainer import batching, dropout, order
 from accel_trainer.data import Split
 from accel_trainer.recipe import TrainingSection
-from accel_trainer.shapes import Shape, choose_shapes, divide_into
+from accel_trainer.shapes import Shape, divide_into
 from accel_trainer.tokenization import Batch
 
 
@@ -41,7 +41,7 @@ class StepSize:
 
     examples: int  # of the global batch
     tokens: int  # real tokens of the global batch
-    positions: int  # real and padding tokens computed for it, fillers left out
+    positions: int  # tokens computed for it, padding included, and whatever fills the few shapes where there are few
     padded_positions: int  # examples × the longest of them
 
 
@@ -64,7 +64,6 @@ class Feed:
     device: torch.device  # where it will be computed
     few_shapes: bool = False  # padded to a few shapes that are known beforehand, since each is compiled
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "feed"), init=False, repr=False)
-    _shapes: dict[int, list[Shape]] = field(default_factory=dict, init=False, repr=False)  # by token budget
     _ahead: tuple[tuple[int, int], Future[StepWork]] | None = field(default=None, init=False, repr=False)
 
     def take(self, step: int, max_tokens: int) -> StepWork:
@@ -83,7 +82,8 @@ class Feed:
     def size(self, rows: order.Rows, divided: Sequence[Sequence[batching.MicroBatch]]) -> StepSize:
         """What the rows of a step compute, divided so."""
         lengths, costs = self.split.tokens.lengths[rows], self.split.tokens.costs(packed=self.packed)[rows]
-        real = [part for parts in divided for part in parts if len(part.real)]
+        # Elsewhere a process that has nothing to do computes one short row, which does not count.
+        counted = [part for parts in divided for part in parts if self.few_shapes or len(part.real)]
         return StepSize(
             examples=len(rows),
             tokens=int(lengths.sum()),
@@ -91,7 +91,7 @@ class Feed:
                 int(costs[part.indices].sum())
                 if self.packed
                 else len(part.indices) * (part.length or int(costs[part.indices].max()))
-                for part in real
+                for part in counted
             ),
             padded_positions=len(rows) * int(lengths.max()),
         )
@@ -111,11 +111,7 @@ class Feed:
 
     def shapes(self, max_tokens: int) -> list[Shape]:
         """The few shapes that micro-batches have at a token budget."""
-        if max_tokens not in self._shapes:
-            self._shapes[max_tokens] = choose_shapes(
-                self.split.tokens.lengths, self.training.global_batch_size, self.num_processes, max_tokens
-            )
-        return self._shapes[max_tokens]
+        return self.split.tokens.shapes(self.training.global_batch_size, self.num_processes, max_tokens)
 
     def load(self, step: int, rows: order.Rows, micro_batches: Sequence[batching.MicroBatch]) -> list[LoadedMicroBatch]:
         """Micro-batches of a step as tensors."""

@@ -16,7 +16,7 @@ from accel_trainer.inputs import Inputs, check_same, read_inputs_together
 from accel_trainer.origin import Origin
 from accel_trainer.recipe import Recipe
 from accel_trainer.resuming import continue_run
-from accel_trainer.run import Run, prepare, write_run_json
+from accel_trainer.run import Run, compilations_noted, prepare, write_run_json
 from accel_trainer.run_folder import RunFolder, watched
 from accel_trainer.signals import interrupted_by_signals
 from accel_trainer.tracking import logger, quieten_libraries, speak_on
@@ -108,4 +108,5 @@ def prepared_run(
             )
         write_run_json(run, origin)
         watch.steps_done = lambda: run.state.step
+        around.enter_context(compilations_noted(run))
         yield run

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from accel_trainer import collectives, hardware, metrics
+from accel_trainer import collectives, hardware, metrics, xla
 from accel_trainer.bulk_prediction import FORMATS, ROWS_PER_FILE, Options, prepare, work
 from accel_trainer.callable_module import make_callable
 from accel_trainer.command_line import Parser
@@ -168,10 +168,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except AccelTrainerError as error:
         if is_first or isinstance(error, ProcessLost) or (speaks and not isinstance(error, Interrupted)):
             complain(error)
-        return error.exit_code
+        return xla.end_function(error.exit_code)
     except Exception:
         print(without_secrets(traceback.format_exc()), file=sys.stderr, flush=True)
-        return EXIT_FAILED
+        return xla.end_function(EXIT_FAILED)
     return EXIT_DONE
 
 

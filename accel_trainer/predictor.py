@@ -23,9 +23,11 @@ from accel_trainer.draft import Draft, Unreadable
 from accel_trainer.errors import CannotLoad, DataError, OutOfMemory, UserError
 from accel_trainer.evaluation import Logits, predict_logits
 from accel_trainer.hub import is_on_hub, use_cache_if_unreachable
+from accel_trainer.layout import has_few_shapes, packs
 from accel_trainer.memory import prediction_needs
 from accel_trainer.prediction_files import Shares, Writer
 from accel_trainer.recipe import Recipe
+from accel_trainer.shapes import Shape, fixed_shapes
 from accel_trainer.tokenization import longest_input, tokens_of_texts
 from accel_trainer.tracking import logger, quieten_libraries
 from accel_trainer.yaml_text import read_yaml
@@ -67,17 +69,25 @@ class Predictor:
     accelerator: Accelerator | Alone
     label_names: list[str]
     max_length: int
+    packed: bool  # layout of the micro-batches
     max_tokens: int
     recipe: Recipe | None  # of the run it came from, where that lies beside it
+
+    @property
+    def shapes(self) -> list[Shape] | None:
+        """The few that micro-batches have, whatever the texts; None: any."""
+        few = has_few_shapes(self.accelerator.device, packed=self.packed)
+        return fixed_shapes(self.max_length, self.max_tokens) if few else None
 
     def logits(self, texts: list[str], pairs: list[str] | None = None) -> Logits:
         """Logits of some texts, or pairs of texts, in their order; shape (texts, num_labels)."""
         tokens = tokens_of_texts(self.tokenizer, [texts] if pairs is None else [texts, pairs], self.max_length)
         while True:
             try:
-                packed = self.model.is_known
                 with self.accelerator.autocast():  # the precision of the launch; float32 without one
-                    return predict_logits(self.accelerator, self.model, tokens, self.max_tokens, packed=packed)
+                    return predict_logits(
+                        self.accelerator, self.model, tokens, self.max_tokens, packed=self.packed, shapes=self.shapes
+                    )
             except OutOfMemory as error:
                 if error.examples == 1:
                     raise OutOfMemory(f"{error}: a single text does not fit; use a larger device, or a CPU") from error
@@ -112,7 +122,8 @@ class TrainedModel:
             UserError: the budget is not positive.
         """
         max_length = longest_input(None, self.tokenizer, self.classifier.model.config)
-        needs = prediction_needs(self.classifier, max_length, packed=self.classifier.is_known)
+        packed = self.classifier.is_known and packs(accelerator.device)
+        needs = prediction_needs(self.classifier, max_length, packed=packed)
         return Predictor(
             name=self.name,
             model=self.classifier.to(accelerator.device).eval(),
@@ -120,6 +131,7 @@ class TrainedModel:
             accelerator=accelerator,
             label_names=self.label_names,
             max_length=max_length,
+            packed=packed,
             max_tokens=device_memory.tokens_per_device(accelerator, needs, max_tokens_per_device),
             recipe=self.recipe,
         )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,10 +21,10 @@ from accel_trainer import artifacts, checkpoint, collectives, device_memory, git
 from accel_trainer.classifier import Classifier
 from accel_trainer.collectives import gather_object
 from accel_trainer.differences import flat
-from accel_trainer.errors import UserError
+from accel_trainer.errors import RunFolderError, UserError
 from accel_trainer.feed import Feed, StepWork
 from accel_trainer.inputs import Inputs, mathematics
-from accel_trainer.layout import choose_layout
+from accel_trainer.layout import choose_layout, has_few_shapes
 from accel_trainer.memory import training_needs
 from accel_trainer.model import count_parameters
 from accel_trainer.optim import build_optimizer, build_scheduler, parameter_groups, state_by_name
@@ -31,9 +33,9 @@ from accel_trainer.plan import TrainingPlan
 from accel_trainer.recipe_file import to_yaml
 from accel_trainer.redaction import without_secrets
 from accel_trainer.run_folder import RunFolder, write_json, write_text
-from accel_trainer.shapes import Shape, choose_shapes
+from accel_trainer.shapes import Shape
 from accel_trainer.sharding import gathered, make_ready, shards, share
-from accel_trainer.tokenization import tokenizer_sha256
+from accel_trainer.tokenization import Tokens, tokenizer_sha256
 from accel_trainer.tracking import logger, start_trackers, track
 
 
@@ -43,7 +45,7 @@ class TrainerState:
 
     step: int = 0
     tokens: int = 0  # real tokens trained on
-    positions: int = 0  # real and padding tokens computed
+    positions: int = 0  # tokens computed, see `feed.StepSize`
     padded_positions: int = 0  # what padding every global batch to its longest example would have computed
     loss_sum: float = 0.0  # over all processes, since the last logged line
     examples: int = 0  # likewise
@@ -125,6 +127,8 @@ def prepare(
     recipe = inputs.recipe
     plan = TrainingPlan.of(recipe, len(inputs.splits["train"]))
     if gradient_checkpointing:
+        if xla.computes_on(accelerator.device):  # torch_xla's own leaves layers above frozen ones without gradient
+            raise UserError("--gradient_checkpointing: torch has none for XLA devices; leave the option out")
         try:
             inputs.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
         except ValueError as error:
@@ -174,7 +178,7 @@ def prepare(
             process_index=accelerator.process_index,
             packed=packed,
             device=accelerator.device,
-            few_shapes=xla.computes_on(accelerator.device) and not packed,
+            few_shapes=has_few_shapes(accelerator.device, packed=packed),
         ),
         max_tokens=max_tokens,
     )
@@ -201,7 +205,7 @@ def write_run_json(run: Run, origin: Origin | None = None) -> None:
             "recipe": None if origin is None else origin.as_dict(),
             "hardware": facts,
             "layout": "packed" if run.packed else "padded",
-            **({"shapes": shapes_of(run)} if run.feed.few_shapes else {}),
+            **({"shapes": all_shapes(run)} if run.feed.few_shapes else {}),
             "max_tokens_per_device": run.max_tokens,
             "versions": hardware.versions(),
             "git_commit": git_version.commit(Path.cwd()),
@@ -238,22 +242,37 @@ def write_run_json(run: Run, origin: Origin | None = None) -> None:
     )
 
 
-def shapes_of(run: Run) -> dict[str, list[Shape]]:
-    """Rows and columns of the micro-batches that each split is computed in, where they are few: XLA compiles each once."""
-    training = {"training": run.feed.shapes(run.max_tokens)}
+def shapes_of(run: Run, tokens: Tokens) -> list[Shape] | None:
+    """The few shapes that micro-batches have when logits of these rows are computed; None: any."""
     processes = run.accelerator.num_processes
-    return training | {
-        role: choose_shapes(split.tokens.lengths, len(split), processes, run.max_tokens)
-        for role, split in run.inputs.splits.items()
-        if role != "train"
-    }
+    return tokens.shapes(len(tokens), processes, run.max_tokens) if run.feed.few_shapes else None
 
 
-def note_compilations(run: Run) -> None:
-    """Write into run.json how many graphs the main process compiled, on XLA: no more for the length of a run."""
-    if run.is_main and xla.computes_on(run.accelerator.device):
-        facts = json.loads(run.folder.run.read_text(encoding="utf-8"))
-        write_json(run.folder.run, facts | {"compilations": xla.compilations()})
+def all_shapes(run: Run) -> dict[str, list[Shape] | None]:
+    """Rows and columns of the micro-batches that each split is computed in, where they are few: XLA compiles each once."""
+    evaluated = {role: split.tokens for role, split in run.inputs.splits.items() if role != "train"}
+    shapes = {role: shapes_of(run, tokens) for role, tokens in evaluated.items()}
+    return {"training": run.feed.shapes(run.max_tokens), **shapes}
+
+
+def amend_run_json(run: Run, **facts: Any) -> None:
+    """Write into run.json what has become known, or different, since."""
+    if run.is_main:
+        before = json.loads(run.folder.run.read_text(encoding="utf-8"))
+        write_json(run.folder.run, before | facts)
+
+
+@contextmanager
+def compilations_noted(run: Run) -> Iterator[None]:
+    """Write into run.json how many graphs the main process has compiled on XLA by the end of the block, however it ends."""
+    try:
+        yield
+    finally:
+        if run.is_main and xla.computes_on(run.accelerator.device):
+            count = xla.compilations()
+            logger.info("%d graphs compiled", count)
+            with suppress(RunFolderError, OSError):  # what ends the run is to be told, not this
+                amend_run_json(run, compilations=count)
 
 
 def record(run: Run, line: dict[str, Any]) -> None:
@@ -276,7 +295,7 @@ def whole_weights(run: Run) -> dict[str, Tensor]:
 def optimizer_state(run: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and plain values of the optimizer, by the names of the stock model's parameters. Collective.
 
-    Shares are whole on the main process, and left out on others.
+    What lies in shares is whole on the main process, and left out on others: counts of steps are there on all.
     """
     tensors, values = state_by_name(inner_optimizer(run.optimizer), run.inputs.model)
     return gathered(tensors, keep=run.is_main), values

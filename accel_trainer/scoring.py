@@ -8,7 +8,7 @@ from accel_trainer.data import Split
 from accel_trainer.endings import halve_token_budget
 from accel_trainer.errors import OutOfMemory
 from accel_trainer.evaluation import Logits, predict_logits
-from accel_trainer.run import Run
+from accel_trainer.run import Run, shapes_of
 from accel_trainer.signals import StopRequest
 
 
@@ -26,6 +26,7 @@ def logits_of(run: Run, split: Split, stop: StopRequest) -> Logits:
                 split.tokens,
                 run.max_tokens,
                 packed=run.packed,
+                shapes=shapes_of(run, split.tokens),
                 between=stop.between(run.accelerator),
             )
         except OutOfMemory as error:

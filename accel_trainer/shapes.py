@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from accel_trainer.batching import OVERHEAD, Indices, MicroBatch, deal, padded_lengths
 
@@ -17,6 +18,7 @@ Shape = tuple[int, int]  # rows, tokens that each is padded to
 
 MOST = 8  # shapes of a split
 SAMPLES = 16  # batches that choices are tried on
+SAMPLED = 16384, 64  # rows of a whole split that they are tried on, and micro-batches of each process: the larger
 WORTH = 0.03  # of the time, which one more shape must save
 
 
@@ -38,23 +40,32 @@ def choose_shapes(lengths: Indices, batch_size: int, num_processes: int, max_tok
     """
     assert len(lengths) > 0
     draw = np.random.default_rng(0)
-    alone = batch_size >= len(lengths)
-    samples = [lengths] if alone else [draw.choice(lengths, batch_size, replace=False) for _ in range(SAMPLES)]
+    if batch_size < len(lengths):
+        samples = [draw.choice(lengths, batch_size, replace=False) for _ in range(SAMPLES)]
+    else:  # of a long split a part will do: the shapes that take the least time for it do so for all of it
+        batch_size = len(lengths)
+        size = max(SAMPLED[0], int(SAMPLED[1] * num_processes * max_tokens / lengths.mean()))
+        samples = [lengths if size >= len(lengths) else draw.choice(lengths, size, replace=False)]
     best: list[Shape] = []
     least = np.inf
     for number in range(1, MOST + 1):
-        found, time = _best_rows(lengths, padded_lengths(lengths, number), samples, num_processes, max_tokens)
+        columns = padded_lengths(lengths, number)
+        counts = np.bincount(np.searchsorted(columns, lengths), minlength=len(columns))
+        expected = counts * (batch_size / len(lengths) / num_processes)
+        found, time = _best_rows(expected, columns, samples, num_processes, max_tokens)
         if time < least * (1 - WORTH) ** (len(found) - len(best)):
             best, least = found, time
     return best
 
 
 def _best_rows(
-    lengths: Indices, columns: Indices, samples: Sequence[Indices], num_processes: int, max_tokens: int
+    expected: npt.NDArray[np.floating],
+    columns: Indices,
+    samples: Sequence[Indices],
+    num_processes: int,
+    max_tokens: int,
 ) -> tuple[list[Shape], float]:
-    """The best numbers of rows for these lengths of `padded_lengths`, and the time in tokens that the samples take."""
-    counts = np.bincount(np.searchsorted(columns, lengths), minlength=len(columns))
-    expected = counts * (len(samples[0]) / len(lengths) / num_processes)
+    """The best numbers of rows for some lengths, of which a process's share has about `expected`, and the time in tokens."""
     tried = []
     for part in (1, 2, 4):
         rows = [
@@ -76,6 +87,12 @@ def _time(lengths: Indices, num_processes: int, shapes: Sequence[Shape]) -> int:
     """What a batch takes, in tokens: in each round, processes wait for the one with the largest shape."""
     rounds = zip(*divide_into(lengths, num_processes, shapes), strict=True)
     return sum(max(len(part.indices) * (part.length or 0) for part in busiest) + OVERHEAD for busiest in rounds)
+
+
+def fixed_shapes(longest: int, max_tokens: int) -> list[Shape]:
+    """Shapes for rows that nobody has seen yet: their longest, halved again and again, each filling the budget."""
+    columns = sorted({max(1, longest >> halvings) for halvings in range(MOST)})
+    return [(max(1, max_tokens // column), column) for column in columns]
 
 
 def divide_into(lengths: Indices, num_processes: int, shapes: Sequence[Shape]) -> list[list[MicroBatch]]:

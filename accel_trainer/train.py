@@ -44,7 +44,7 @@ from accel_trainer.recipe import Recipe
 from accel_trainer.recipe_file import load_recipe
 from accel_trainer.redaction import without_secrets
 from accel_trainer.resuming import continue_run
-from accel_trainer.run import Run, StepStatistics, note_compilations, record, save, write_best
+from accel_trainer.run import Run, StepStatistics, record, save, write_best
 from accel_trainer.run_folder import RunFolder, opened
 from accel_trainer.scoring import logits_of, score
 from accel_trainer.sharding import is_sharded
@@ -130,7 +130,6 @@ def train(recipe: Recipe, options: Options, origin: Origin | None = None) -> dic
             if run.state.step == options.stop_after:
                 raise stopped(run)
             results = finish(run, stop)
-        note_compilations(run)
         show(run, results)
     return results
 
@@ -279,8 +278,8 @@ def add_gradients(run: Run, micro_batches: Sequence[LoadedMicroBatch], global_ba
             # The one place that scales the loss: DDP and FSDP average gradients over processes, so that multiplying by
             # their number makes this the sum over the global batch divided by its true size, the last batch's too.
             accelerator.backward(losses.sum() * (accelerator.num_processes / global_batch_size))
-        loss_sum = loss_sum + losses.detach().sum()
-        xla.end_graph(accelerator.device)
+            loss_sum = loss_sum + losses.detach().sum()
+            xla.end_graph(accelerator.device)  # where a full memory shows
     return loss_sum
 
 
@@ -304,6 +303,7 @@ def apply_gradients(run: Run) -> torch.Tensor:
             if accelerator.device.type == "cpu" and accelerator.scaler is None and not math.isfinite(grad_norm):
                 raise NotFinite(SLOWER)
             update(run)
+            xla.end_graph(accelerator.device)
     except OutOfMemory as error:  # not repeated: some weights may have moved, and no micro-batch is too large
         raise TrainingFailed(
             f"{error}: the optimizer's state does not fit; use a smaller checkpoint or a larger device. "

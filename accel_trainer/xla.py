@@ -14,6 +14,9 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import gather, is_torch_xla_available
 from torch import Tensor, nn
 
+# By either, torch_xla makes all that is on the device bf16; the second is `downcast_bf16` of an accelerate config.
+BF16 = ("XLA_USE_BF16", "XLA_DOWNCAST_BF16")
+
 
 def computes_on(device: torch.device) -> bool:
     """Whether a device is XLA's."""
@@ -22,7 +25,7 @@ def computes_on(device: torch.device) -> bool:
 
 def hear_precision() -> None:
     """Tell the Accelerator, before there is one, that bf16 is wanted: its TPU launcher tells torch_xla alone."""
-    if os.environ.get("XLA_USE_BF16") == "1":
+    if "1" in map(os.environ.get, BF16):
         os.environ.setdefault("ACCELERATE_MIXED_PRECISION", "bf16")
 
 
@@ -31,9 +34,9 @@ def keep_float32(accelerator: Accelerator) -> None:
 
     To be called before anything is put on the device.
     """
-    if computes_on(accelerator.device) and accelerator.mixed_precision == "bf16":
-        os.environ["XLA_USE_BF16"] = os.environ["XLA_DOWNCAST_BF16"] = "0"
-        accelerator.native_amp = True
+    if computes_on(accelerator.device):
+        os.environ.update(dict.fromkeys(BF16, "0"))
+        accelerator.native_amp |= accelerator.mixed_precision == "bf16"
 
 
 def end_graph(device: torch.device) -> None:
@@ -47,7 +50,8 @@ def end_graph(device: torch.device) -> None:
 def renew_gradients(model: nn.Module) -> None:
     """Let each gradient be a new tensor, on XLA: what was added to in place is not changed when Accelerate reduces it.
 
-    So it is with torch_xla 2.9 and Accelerate 1.15: after two micro-batches, each process would go its own way.
+    So it is with torch_xla 2.9 and Accelerate 1.15: after two micro-batches, each process would go its own way. For the
+    moment, every gradient is there twice.
     """
     for parameter in model.parameters():
         if parameter.grad is not None and computes_on(parameter.device):

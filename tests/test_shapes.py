@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from accel_trainer.shapes import MOST, choose_shapes, divide_into
+from accel_trainer import shapes as module
+from accel_trainer.shapes import MOST, choose_shapes, divide_into, fixed_shapes
 
 LENGTHS = st.lists(st.integers(1, 512), min_size=1, max_size=120).map(lambda drawn: np.asarray(drawn, dtype=np.int64))
 PROCESSES, BUDGETS, BATCHES = st.integers(1, 5), st.sampled_from([1, 60, 700, 4096]), st.integers(1, 64)
@@ -65,3 +66,29 @@ def test_a_shape_more_must_be_worth_it():
 def test_a_whole_split_fills_the_budget():
     shapes = choose_shapes(REVIEWS, len(REVIEWS), 2, 4096)
     assert all(rows == 4096 // length for rows, length in shapes)
+
+
+@pytest.mark.parametrize("processes", [1, 8])
+def test_a_long_split_has_the_shapes_of_a_part_of_it(processes, monkeypatch):
+    """Which is all that is divided to find them; or those without a shape that is hardly worth it."""
+    divided = []
+    monkeypatch.setattr(
+        module, "divide_into", lambda lengths, *rest: divided.append(len(lengths)) or divide_into(lengths, *rest)
+    )
+    many = np.tile(REVIEWS, 25)
+    shapes = choose_shapes(many, len(many), processes, 4096)
+    assert max(divided) < len(many) / 4
+    time = module._time(many, processes, shapes)
+    monkeypatch.setattr(module, "SAMPLED", (len(many), 1))
+    assert time <= (1 + module.WORTH + 0.01) * module._time(
+        many, processes, choose_shapes(many, len(many), processes, 4096)
+    )
+
+
+@given(st.integers(1, 8192), st.sampled_from([1, 60, 4096, 32768]))
+def test_shapes_for_any_row(longest, budget):
+    shapes = fixed_shapes(longest, budget)
+    assert len(shapes) <= MOST
+    assert shapes[-1][1] == longest
+    assert [length for _, length in shapes] == sorted({length for _, length in shapes})
+    assert all(rows == 1 or rows * length <= budget < (rows + 1) * length for rows, length in shapes)

@@ -17,7 +17,19 @@ from typing import Any
 
 import yaml
 
-from accel_trainer.accelerate_keys import KEYS, ONE_PROCESS, OPTIONS, PER_DEVICE, REFUSED, SECTION, SECTIONS, Kind
+from accel_trainer.accelerate_keys import (
+    FSDP_MUST,
+    FSDP_PRECISIONS,
+    KEYS,
+    ONE_PROCESS,
+    OPTIONS,
+    PER_DEVICE,
+    REFUSED,
+    SECTION,
+    SECTIONS,
+    Kind,
+    fsdp_remedy,
+)
 from accel_trainer.draft import Draft, Keys, Unreadable, dotted, shown
 from accel_trainer.errors import HardwareError, Mistake
 from accel_trainer.recipe import Broken
@@ -103,7 +115,7 @@ def examine(path: str | Path) -> tuple[AccelerateConfig, list[Mistake]]:
         num_machines=values["num_machines"],
         mixed_precision=_precision(values),
         use_cpu=values["use_cpu"],
-        dynamo_backend=str(values.get("dynamo_backend") or _below(values, "dynamo_config", "backend") or "no").lower(),
+        dynamo_backend=_dynamo(values),
         lines={str(keys[0]): spot.line for keys, spot in draft.spots.items() if len(keys) == 1 and spot.line},
     )
     return config, sorted(draft.mistakes, key=lambda mistake: mistake.line or 0)
@@ -125,6 +137,10 @@ def _sound(draft: Draft) -> dict[str, Any]:
 
 def _precision(values: Mapping[str, Any]) -> str:
     return str(values.get("mixed_precision", "fp16" if values.get("fp16") else "no")).lower()
+
+
+def _dynamo(values: Mapping[str, Any]) -> str:
+    return str(values.get("dynamo_backend") or _below(values, "dynamo_config", "backend") or "no").lower()
 
 
 def _below(values: Mapping[str, Any], section: str, key: str) -> Any:
@@ -313,6 +329,8 @@ def _rules(values: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[Brok
     yield from _processes(values, given)
     yield from _machines(values)
     yield from _devices(values)
+    if values["distributed_type"] == "FSDP":
+        yield from _fsdp(values)
     yield from _unused_sections(values, given)
     yield from _parallelism(values)
 
@@ -371,14 +389,14 @@ def _devices(values: Mapping[str, Any]) -> Iterator[Broken]:
     if not all(part.removeprefix("-").isdecimal() for part in chosen):
         yield Broken("gpu_ids", f"'{shown(ids)}' is no list of numbers", 'write all, or numbers such as "0,1"')
         return
-    if kind not in PER_DEVICE:
+    if kind not in (*PER_DEVICE, "FSDP"):
         return
     per_machine = values["num_processes"] // values["num_machines"]
     hidden = bool(chosen) and set(chosen) == {"-1"}
-    if values["use_cpu"] and not hidden:
+    if values["use_cpu"] and not hidden and kind != "FSDP":
         what = f"{kind} does not tell its processes: where there are GPUs they would run on them"
         yield Broken("use_cpu", what, 'add gpu_ids: "-1,-1", which hides the GPUs', ("distributed_type", "gpu_ids"))
-    if len(chosen) == 1 and values["num_machines"] == 1:
+    if len(chosen) == 1 and values["num_machines"] == 1 and kind != "FSDP":
         what = f"Accelerate refuses {kind} with one id"
         remedy = 'write "-1,-1"' if hidden else 'name two or more, or write distributed_type: "NO"'
         yield Broken("gpu_ids", what, remedy, ("distributed_type", "num_machines"))
@@ -386,6 +404,28 @@ def _devices(values: Mapping[str, Any]) -> Iterator[Broken]:
         what = f"{per_machine} processes on a machine share {len(set(chosen))} GPUs; each needs one of its own"
         remedy = "name as many, or lower num_processes"
         yield Broken("gpu_ids", what, remedy, ("distributed_type", "num_processes", "num_machines"))
+
+
+def _fsdp(values: Mapping[str, Any]) -> Iterator[Broken]:
+    """What of FSDP this program does not keep its promise with."""
+    section = values.get("fsdp_config") or {}
+    for key, must in FSDP_MUST.items():
+        name, other = (key, f"fsdp_{key}") if key in section else (f"fsdp_{key}", key)
+        value = section.get(name)
+        if str(must.left_out if value is None else value).lower() not in must.values:
+            what = must.why if value is not None else f"left out it is {must.left_out}, and {must.why}"
+            at = (f"fsdp_config.{other}", "fsdp_config", "distributed_type")
+            yield Broken(f"fsdp_config.{name}", what, fsdp_remedy(key), at)
+    if _precision(values) not in FSDP_PRECISIONS:
+        field = "mixed_precision" if "mixed_precision" in values else "fp16"
+        what = f"{_precision(values)} has not been tried with FSDP"
+        yield Broken(field, what, 'use bf16 or "no"', ("distributed_type",))
+    for field in ("dynamo_config", "dynamo_backend"):
+        if _dynamo(values) != "no" and values.get(field):
+            yield Broken(field, "compiling has not been tried with FSDP", "remove it", ("distributed_type",))
+    if values.get("parallelism_config"):
+        what = "FSDP in several dimensions has not been tried"
+        yield Broken("parallelism_config", what, "remove it", ("distributed_type",))
 
 
 def _unused_sections(values: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[Broken]:

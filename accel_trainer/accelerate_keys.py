@@ -50,9 +50,67 @@ DYNAMO_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-c
 REFUSED = {
     "DEEPSPEED": "DeepSpeed owns the optimizer step and pickles its checkpoints; use multi_gpu.yaml instead",
     "MEGATRON_LM": "Megatron-LM owns the training loop; use multi_gpu.yaml instead",
-    "FSDP": "a checkpoint of sharded weights cannot be gone on from yet; use multi_gpu.yaml, and "
-    "--gradient_checkpointing where memory is short",
 }
+
+
+class Must(NamedTuple):
+    """What a setting of FSDP has to be."""
+
+    values: tuple[str, ...]  # in lower case; empty: left out
+    left_out: str  # what the launcher takes then
+    why: str
+    environment: str = ""  # variable that says it to the processes, where it is not FSDP_ and the key
+    unsaid: str = "false"  # what Accelerate takes where it is not there
+
+
+_NO = ("false", "no", "off", "0", "")
+_SWITCHED = ("true", "yes", "on", "1", *_NO)
+
+# Settings of FSDP by their keys, without the prefix; `hardware` holds them too, however FSDP was asked for.
+FSDP_MUST = {
+    "version": Must(("2",), "1", "the first FSDP keeps no tensor by its name", unsaid="1"),
+    "auto_wrap_policy": Must(
+        ("transformer_based_wrap",),
+        "NO_WRAP",
+        "weights are put together layer by layer: all at once they need the memory that FSDP saves, and smaller parts are not "
+        "always called by themselves",
+        unsaid="NO_WRAP",
+    ),
+    "transformer_layer_cls_to_wrap": Must(
+        ("",), "", "which layers a model has is known", "FSDP_TRANSFORMER_CLS_TO_WRAP", ""
+    ),
+    "cpu_ram_efficient_loading": Must(
+        _NO,
+        "true",
+        "every process makes the initial weights, from the recipe's seed; all but one would begin with none",
+    ),
+    "reshard_after_forward": Must(_SWITCHED, "true", "a strategy has a name in the first FSDP alone", unsaid="true"),
+    "state_dict_type": Must(
+        ("", "full_state_dict", "sharded_state_dict"),
+        "",
+        "Accelerate refuses another one, though a checkpoint is whole in any case",
+        unsaid="",
+    ),
+    "offload_params": Must(_NO, "false", "training from the memory of the machine has not been tried"),
+    "activation_checkpointing": Must(
+        _NO, "false", "the trainer's own --gradient_checkpointing is held to repeat dropout"
+    ),
+    "activation_checkpointing_offload": Must(
+        _NO, "false", "training from the memory of the machine has not been tried"
+    ),
+    "ignored_modules": Must(("",), "", "a checkpoint would lack what is not in shares", unsaid=""),
+}
+FSDP_PRECISIONS = ("no", "bf16")  # the loss scale of fp16, and fp8, have not been tried on shares
+
+
+def fsdp_remedy(key: str) -> str:
+    """What to do about a setting of FSDP."""
+    values = FSDP_MUST[key].values
+    if values[0] == "":
+        return f"remove fsdp_{key}"
+    wanted = "true or false" if values is _SWITCHED else values[0].upper() if "_" in values[0] else values[0]
+    return f"write fsdp_{key}: {wanted}"
+
 
 KEYS: dict[str, Kind] = {
     "compute_environment": one_of("LOCAL_MACHINE", "AMAZON_SAGEMAKER", exact=True),

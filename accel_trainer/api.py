@@ -8,7 +8,6 @@ Errors are raised instead of printed: `accel_trainer.errors` has them.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import fields
 from difflib import get_close_matches
@@ -45,7 +44,7 @@ def train(
         recipe: path or name; or a recipe as `load_recipe` gives it.
         overrides: `section.key=value`; of a recipe that is loaded already, none.
         output_dir: folder of the run; None: runs/ and the recipe's name.
-        options: those of the command line, by their names: resume, layout, max_tokens_per_device, dry_run, … (`train.Options`).
+        options: those of the command line, by their names: resume, layout, max_tokens_per_device, dry_run, … (`train_options.Options`).
 
     Returns:
         the contents of results.json.
@@ -55,22 +54,23 @@ def train(
         Interrupted: a signal came; what was done is saved.
         TrainingFailed: training cannot go on.
     """
+    from accel_trainer import collectives, train_options
     from accel_trainer import train as trainer
     from accel_trainer.origin import origin_of
     from accel_trainer.tracking import speak_on
 
-    unknown = sorted(options.keys() - {option.name for option in fields(trainer.Options)})
+    unknown = sorted(options.keys() - {option.name for option in fields(train_options.Options)})
     if unknown:
-        close = get_close_matches(unknown[0], [option.name for option in fields(trainer.Options)], 1)
+        close = get_close_matches(unknown[0], [option.name for option in fields(train_options.Options)], 1)
         guess = f"; did you mean {close[0]}?" if close else "; values of the recipe are given as section.key=value"
         raise UserError(f"train: there is no option {unknown[0]}{guess}")
-    speak_on(os.environ.get("RANK", "0") == "0")
+    speak_on(collectives.is_first_process())
     if isinstance(recipe, Recipe):
         if overrides or output_dir is None:
             raise UserError(
                 "train: give overrides to load_recipe, and an output_dir, for a recipe that is loaded already"
             )
-        return trainer.train(recipe, trainer.Options(Path(output_dir).expanduser().absolute(), **options))
+        return trainer.train(recipe, train_options.Options(Path(output_dir).expanduser().absolute(), **options))
     return trainer.train_recipe(
         origin_of(str(recipe), overrides), None if output_dir is None else Path(output_dir), **options
     )

@@ -99,7 +99,8 @@ def save_model(
         RunFolderError: it cannot be written; an earlier folder of the name stays.
     """
     with committed(folder) as writing:
-        model.save_pretrained(writing, state_dict=weights)
+        # safetensors looks at addresses in memory, which XLA's tensors do not have.
+        model.save_pretrained(writing, state_dict={name: weight.cpu() for name, weight in weights.items()})
         tokenizer.save_pretrained(writing)
         (writing / "README.md").write_text(card, encoding="utf-8")
         (writing / "training.json").write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")

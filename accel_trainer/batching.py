@@ -44,7 +44,18 @@ class MicroBatch:
     """
 
     indices: Indices
-    weight: float = 1.0  # 0.0 for a filler: it takes part in every collective and in no result
+    fillers: int = 0  # so many of the examples, the last, take part in every collective and in no result
+    length: int | None = None  # tokens that each is padded to; None: as many as the longest takes
+
+    @property
+    def real(self) -> Indices:
+        """The examples without the fillers, (examples - fillers,)."""
+        return self.indices[: len(self.indices) - self.fillers]
+
+    @property
+    def weights(self) -> npt.NDArray[np.float32]:
+        """0 for a filler, 1 for all others, (examples,)."""
+        return (np.arange(len(self.indices)) < len(self.real)).astype(np.float32)
 
 
 def token_budget(device_type: str, memory_bytes: int | None, weights_bytes: int, bytes_per_token: int) -> int:
@@ -128,7 +139,7 @@ def _padded_stretches(ordered: Indices, num_processes: int, max_tokens: int) -> 
     A higher k pays more for micro-batches and computes less padding. It goes up from the least that the budget allows
     until no division can be better; above 16 in steps of a sixteenth, because the time is flat near its least.
 
-    The time is what `_deal` makes of the stretches if processes wait for each other in every round, as with FSDP. Where
+    The time is what `deal` makes of the stretches if processes wait for each other in every round, as with FSDP. Where
     they wait only at the end it is no longer. The number times the largest would be much too long: the last round is
     often cheap (8 processes, 64 IMDB-like lengths: chose divisions 5 % slower; measured).
     """
@@ -147,7 +158,7 @@ def _padded_stretches(ordered: Indices, num_processes: int, max_tokens: int) -> 
     return best
 
 
-def _deal(costs: Indices, num_processes: int) -> list[list[int]]:
+def deal(costs: Indices, num_processes: int) -> list[list[int]]:
     """Deal out in rounds, dearest first, in each round the dearest to the process with the smallest load.
 
     One each per round keeps the numbers equal, and what the processes compute at the same time costs about the same.
@@ -177,7 +188,7 @@ def _shares(order: Indices, lengths: Indices, num_processes: int) -> list[Indice
 def _fill(per_process: list[list[MicroBatch]], filler: int) -> list[list[MicroBatch]]:
     """Bring every process to the largest number of micro-batches, with the example `filler` at weight zero."""
     most = max(len(micro_batches) for micro_batches in per_process)
-    idle = MicroBatch(np.asarray([filler], dtype=np.int64), weight=0.0)
+    idle = MicroBatch(np.asarray([filler], dtype=np.int64), fillers=1)
     return [micro_batches + [idle] * (most - len(micro_batches)) for micro_batches in per_process]
 
 
@@ -207,7 +218,7 @@ def divide_batch(lengths: Indices, num_processes: int, max_tokens: int, *, packe
     else:
         ends = _padded_stretches(lengths[order], num_processes, max_tokens)
         pieces = _pieces(order, ends)
-        hands = _deal(_padded_costs(lengths[order], ends), num_processes)
+        hands = deal(_padded_costs(lengths[order], ends), num_processes)
         parts = [[pieces[item] for item in hand] for hand in hands]
     return _fill([[MicroBatch(indices) for indices in part] for part in parts], filler=int(np.argmin(lengths)))
 

@@ -72,10 +72,8 @@ def _is_installed(package: str) -> bool:
 def _misfits(recipe: Recipe, draft: Draft, config: AccelerateConfig) -> Iterator[Mistake]:
     """What the recipe asks for and the hardware cannot give."""
     batch, processes = recipe.training.global_batch_size, config.num_processes
-    keys = ("training", "global_batch_size")
-    if keys not in draft.faulty and keys in draft.spots and processes > batch:
-        spot = draft.spot(keys)
-        place = spot.source if spot.line is None else f"{spot.source}:{spot.line}"
+    place = _place(draft, "global_batch_size")
+    if place and processes > batch:
         yield Mistake(
             str(config.path),
             config.lines.get("num_processes"),
@@ -84,3 +82,22 @@ def _misfits(recipe: Recipe, draft: Draft, config: AccelerateConfig) -> Iterator
             f"{processes - batch} would never have one",
             f"use {batch} processes at most, or a larger global_batch_size, with which the recipe is another one",
         )
+    place = _place(draft, "optim")
+    if place and recipe.training.optim == "adafactor" and config.distributed_type == "FSDP":
+        yield Mistake(
+            str(config.path),
+            config.lines.get("distributed_type"),
+            "distributed_type",
+            f"adafactor (training.optim, {place}) averages over rows and columns of whole weights, of which FSDP leaves no "
+            "process more than a share",
+            "use multi_gpu.yaml",
+        )
+
+
+def _place(draft: Draft, name: str) -> str:
+    """Where a key of the recipe's training section stands; empty where it stands nowhere, or is a mistake itself."""
+    keys = ("training", name)
+    if keys in draft.faulty or keys not in draft.spots:
+        return ""
+    spot = draft.spot(keys)
+    return spot.source if spot.line is None else f"{spot.source}:{spot.line}"

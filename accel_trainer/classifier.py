@@ -36,7 +36,6 @@ class Classifier(nn.Module):
         self.can_pack = attention.install(model) and last_layer.install(model, self.forward_pass)
         if self.can_pack:
             model.base_model.forward = BaseModel(model.base_model, self.forward_pass)
-        self._no_split_modules = model._no_split_modules  # where Accelerate looks for the layers that FSDP shards
 
     @property
     def is_known(self) -> bool:

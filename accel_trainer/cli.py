@@ -184,7 +184,7 @@ def predict(arguments: argparse.Namespace) -> int:
         columns = arguments.text_column, arguments.text_pair_column
         source, target = Path(arguments.input), Path(arguments.output)
         rows = predict_file(predictor, source, target, *columns, keep_formulas=arguments.keep_formulas)
-        print(f"{arguments.output}: {rows} rows")
+        print(f"{arguments.output}: {rows} row{'' if rows == 1 else 's'}")
         return EXIT_DONE
     table = []
     for text, record in zip(arguments.text, predict_texts(predictor, arguments.text, arguments.text_pair), strict=True):

@@ -19,7 +19,7 @@ import shutil
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -47,6 +47,31 @@ MOST_COLUMNS = 10_000
 DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError, pa.ArrowException)
 
 _T = TypeVar("_T")
+
+
+class NoRows(DataError):
+    """A text file has no rows; perhaps it names columns."""
+
+    columns: Sequence[str] = ()
+
+
+class WrongEncoding(DataError):
+    """A text file is not in the encoding that was expected."""
+
+    def __init__(self, what: str, remedy: str) -> None:
+        self.what = what
+        super().__init__(f"{what}; {remedy}")
+
+
+@contextmanager
+def converted_by_the_user() -> Iterator[None]:
+    """Where no recipe can name the encoding of a text file, say what else helps."""
+    try:
+        yield
+    except WrongEncoding as error:
+        raise DataError(f"{error.what}; convert the file to UTF-8") from error
+
+
 _Record = tuple[str, dict[str, Any]]  # place in the file, columns
 
 
@@ -183,11 +208,13 @@ def _text_encoding(file: DataFile, wanted: str | None) -> str:
     # Only then: gb18030 decodes much UTF-8 without complaint, into other characters.
     if _undecodable(file, "gb18030") is None and _has_wide_characters(file):
         if _reads_like_big5(file):
-            raise DataError(
-                f"{file.name}: it is not UTF-8, and decodes as gb18030 as well as Big5, as which it reads better; set "
-                "`dataset.encoding: cp950` if it is Big5, else `dataset.encoding: gb18030`"
+            raise WrongEncoding(
+                f"{file.name}: it is not UTF-8, and decodes as gb18030 as well as Big5, as which it reads better",
+                "set `dataset.encoding: cp950` if it is Big5, else `dataset.encoding: gb18030`",
             )
-        logger.warning("%s is not UTF-8; it is read as gb18030 (set dataset.encoding if it is neither)", file.name)
+        logger.warning(
+            "%s is not UTF-8; it is read as gb18030 (if it is neither, convert it, or set dataset.encoding)", file.name
+        )
         return "gb18030"
     raise _unknown_encoding(file, offset)
 
@@ -222,7 +249,8 @@ def _unknown_encoding(file: DataFile, offset: int) -> DataError:
     """What to say of a file that is neither UTF-8, undecodable at `offset`, nor gb18030."""
     with _opened(file) as stream:
         if stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            return DataError(f"{file.name}: it begins like UTF-16, not UTF-8; set `dataset.encoding: utf-16`")
+            what = f"{file.name}: it begins like UTF-16, not UTF-8"
+            return WrongEncoding(what, "set `dataset.encoding: utf-16`")
     first, undecodable, beyond_ascii = 0, 0, 0
     with _opened(file) as stream:
         for number, line in enumerate(iter(partial(stream.readline, LONGEST_LINE), b""), 1):
@@ -237,9 +265,10 @@ def _unknown_encoding(file: DataFile, offset: int) -> DataError:
             f"{what}; {undecodable} of its {beyond_ascii} lines beyond ASCII {'is' if undecodable == 1 else 'are'} not UTF-8, "
             "so encodings are mixed: write those lines again as UTF-8"
         )
-    return DataError(
-        f"{what}; set `dataset.encoding` to what it is, such as cp1252 for Western Europe (the latin-1 of Windows), cp950, "
-        "shift_jis or euc_kr"
+    return WrongEncoding(
+        what,
+        "set `dataset.encoding` to what it is, such as cp1252 for Western Europe (the latin-1 of Windows), cp950, shift_jis or "
+        "euc_kr",
     )
 
 
@@ -270,13 +299,13 @@ def _lines(file: DataFile, encoding: str, newline: str | None = None) -> Iterato
                     "or write the rows as lines (.jsonl)"
                 )
             if "\0" in line:
-                raise DataError(
-                    f"{file.name}, line {number}: there is a NUL byte, which no text has; remove it, "
-                    "or set `dataset.encoding` if the file is UTF-16"
+                raise WrongEncoding(
+                    f"{file.name}, line {number}: there is a NUL byte, which no text has",
+                    "remove it, or set `dataset.encoding` if the file is UTF-16",
                 )
             yield line
         if number == 0:
-            raise DataError(f"{file.name}: the file is empty; fill it or leave it out")
+            raise NoRows(f"{file.name}: the file is empty; fill it or leave it out")
 
 
 def _text_pieces(file: DataFile, encoding: str) -> Iterator[pa.Table]:
@@ -288,7 +317,7 @@ def _csv_pieces(file: DataFile, encoding: str) -> Iterator[pa.Table]:
     rows = _csv_rows(file, encoding)
     line, header = next(rows, (1, None))
     if header is None:
-        raise DataError(f"{file.name}, line 1: there is no header, only blank lines; name the columns there")
+        raise NoRows(f"{file.name}, line 1: there is no header, only blank lines; name the columns there")
     _check_columns(file, len(header))
     other = _other_delimiter(file, header)
     if other is not None:
@@ -319,7 +348,9 @@ def _csv_pieces(file: DataFile, encoding: str) -> Iterator[pa.Table]:
         columns = [pa.array(column, pa.string()) for column in zip(*batch, strict=True)]
         yield pa.table(dict(zip(header, columns, strict=True)))
     if empty:
-        raise DataError(f"{file.name}, line {line}: nothing follows the header; add rows or leave the file out")
+        error = NoRows(f"{file.name}, line {line}: nothing follows the header; add rows or leave the file out")
+        error.columns = header
+        raise error
 
 
 def _other_delimiter(file: DataFile, header: list[str]) -> str | None:
@@ -353,11 +384,12 @@ def _csv_rows(file: DataFile, encoding: str) -> Iterator[tuple[int, list[str]]]:
 
 def _json_pieces(file: DataFile, encoding: str) -> Iterator[pa.Table]:
     # Twice: a column's type is known at the end of the file only.
-    schema = pa.schema([])
+    schema, empty = pa.schema([]), True
     for batch in _batches(_json_records(file, encoding)):
-        schema = _widened(file, schema, batch)
+        schema, empty = _widened(file, schema, batch), False
     if not schema.names:
-        raise DataError(f"{file.name}: there are no records with columns; add rows or leave the file out")
+        message = f"{file.name}: there are no records with columns; add rows or leave the file out"
+        raise NoRows(message) if empty else DataError(message)
     for batch in _batches(_json_records(file, encoding)):
         yield pa.table([_json_column(file, batch, field.name, field.type) for field in schema], schema=schema)
 

@@ -63,10 +63,17 @@ def _scramble(word: Tensor, other: Tensor) -> Tensor:
 
     Adding it at the end, or before, would make masks under two keys shifted copies of each other.
     """
+    word.bitwise_xor_(_shifted(word, 16)).mul_(M1).add_(other)
+    word.bitwise_xor_(_shifted(word, 15)).mul_(M2)
+    return word.bitwise_xor_(_shifted(word, 16))
+
+
+def _shifted(word: Tensor, by: int) -> Tensor:
+    """The bits of int32 words moved down, zeros above them."""
+    if word.device.type == "xla":  # whose shift is a division that rounds to zero (torch_xla 2.9)
+        word = word & -(2**by)
     # int32 shifts copy the sign, so that the copies are masked away.
-    word.bitwise_xor_((word >> 16).bitwise_and_(0xFFFF)).mul_(M1).add_(other)
-    word.bitwise_xor_((word >> 15).bitwise_and_(0x1FFFF)).mul_(M2)
-    return word.bitwise_xor_((word >> 16).bitwise_and_(0xFFFF))
+    return (word >> by).bitwise_and_(2 ** (32 - by) - 1)
 
 
 def _absorb(a: Tensor, b: Tensor, coordinate: Tensor) -> tuple[Tensor, Tensor]:

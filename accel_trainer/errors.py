@@ -68,6 +68,7 @@ class UserError(AccelTrainerError):
     """A mistake the user can mend; the message names place, value and remedy."""
 
     exit_code = EXIT_USER_MISTAKE
+    is_told = False  # to the user already
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ class OutOfMemory(TrainingFailed):
 
     def __init__(self, message: str, examples: int = 1, tokens: int = 0) -> None:
         self.examples, self.tokens = examples, tokens  # of the micro-batch, padding included
+        self.max_tokens: int | None = None  # that the run is to go on with
         super().__init__(message)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -10,14 +10,17 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from accel_trainer import xla
 from accel_trainer.batching import divide_split
-from accel_trainer.hardware import out_of_memory_named
+from accel_trainer.device_memory import out_of_memory_named
+from accel_trainer.shapes import Shape, divide_into
+from accel_trainer.sharding import put_back
 from accel_trainer.tokenization import Tokens
 
 Logits = npt.NDArray[np.float32]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # inference mode fails on XLA (torch_xla 2.9)
 def predict_logits(
     accelerator: Accelerator,
     model: nn.Module,
@@ -25,12 +28,13 @@ def predict_logits(
     max_tokens: int,
     *,
     packed: bool,
+    shapes: Sequence[Shape] | None = None,
     between: Callable[[], None] = lambda: None,
 ) -> Logits:
     """Logits of all rows, on every process.
 
-    The rows are dealt out by `divide_split`. Nothing but one padded tensor of logits is gathered: which rows a process
-    computed follows from the lengths, so that no ids need to travel.
+    The rows are dealt out by `divide_split`, or by `divide_into` to a few shapes. Nothing but one padded tensor of logits is
+    gathered: which rows a process computed follows from the lengths, so that no ids need to travel.
 
     Args:
         accelerator: the run's.
@@ -38,6 +42,7 @@ def predict_logits(
         tokens: the rows.
         max_tokens: tokens per micro-batch, padding included.
         packed: layout of the micro-batches.
+        shapes: the few that they may have, padded; None: any.
         between: called before each micro-batch, as often on every process; it may raise, on all of them alike.
 
     Returns:
@@ -48,28 +53,32 @@ def predict_logits(
     """
     was_training = model.training
     model.eval()
-    divided = divide_split(tokens.costs(packed=packed), accelerator.num_processes, max_tokens, packed=packed)
+    if shapes is None:
+        costs = tokens.costs(packed=packed)
+        divided = divide_split(costs, accelerator.num_processes, max_tokens, packed=packed)
+    else:
+        divided = divide_into(tokens.lengths, accelerator.num_processes, shapes)
     computed = []
     try:
         for micro_batch in divided[accelerator.process_index]:
             between()
-            batch = tokens.batch(micro_batch.indices, packed=packed).pinned_for(accelerator.device)
+            batch = tokens.batch(micro_batch.indices, packed=packed, length=micro_batch.length)
+            batch = batch.pinned_for(accelerator.device)
             with out_of_memory_named(len(micro_batch.indices), batch.num_positions):
                 batch = batch.on(accelerator.device)
-                logits = model(batch.inputs, packing=batch.packing).float()
-            if micro_batch.weight:
-                computed.append(logits)
-            num_labels = logits.shape[-1]
+                computed.append(model(batch.inputs, packing=batch.packing).float())
+                xla.end_graph(accelerator.device)  # where a full memory shows
     finally:  # training goes on after a repeat in smaller micro-batches
         model.train(was_training)
-    shares = [np.concatenate([np.empty(0, np.int64)] + [m.indices for m in part if m.weight]) for part in divided]
-    most = max(len(share) for share in shares)
-    padded = torch.zeros(most, num_labels, dtype=torch.float32, device=accelerator.device)
-    if computed:
-        mine = torch.cat(computed)
-        padded[: len(mine)] = mine
-    gathered = accelerator.gather(padded).cpu().numpy().reshape(len(shares), most, num_labels)
-    result = np.empty((len(tokens), num_labels), dtype=np.float32)
-    for share, part in zip(shares, gathered, strict=True):
-        result[share] = part[: len(share)]
+        put_back(model)
+    if xla.computes_on(accelerator.device):  # there, to join them would be another graph for each number of them
+        computed = [logits.cpu() for logits in computed]
+    mine = torch.cat(computed)
+    sizes = [sum(len(m.indices) for m in part) for part in divided]
+    padded = torch.nn.functional.pad(mine, (0, 0, 0, max(sizes) - len(mine))).to(accelerator.device)
+    gathered = accelerator.gather(padded).cpu().numpy().reshape(len(divided), max(sizes), -1)
+    result = np.empty((len(tokens), gathered.shape[-1]), dtype=np.float32)
+    for part, logits in zip(divided, gathered, strict=True):
+        counts = np.concatenate([m.weights for m in part]) > 0
+        result[np.concatenate([m.real for m in part])] = logits[: len(counts)][counts]
     return result

@@ -16,6 +16,7 @@ from torch import Tensor
 from accel_trainer import batching, dropout, order
 from accel_trainer.data import Split
 from accel_trainer.recipe import TrainingSection
+from accel_trainer.shapes import Shape, divide_into
 from accel_trainer.tokenization import Batch
 
 
@@ -26,13 +27,12 @@ class LoadedMicroBatch:
     batch: Batch
     labels: Tensor  # (b,) int64
     example_keys: Tensor  # (b, 4), see `dropout.example_keys`
-    weight: float  # 0.0 for a filler
+    weights: Tensor  # (b,) float32, 0 for a filler
 
     def on(self, device: torch.device) -> LoadedMicroBatch:
         """The same on its device, as `Batch.on`."""
-        tensors, free = (self.labels, self.example_keys), device.type == "cuda"
-        labels, keys = (tensor.to(device, non_blocking=free) for tensor in tensors)
-        return LoadedMicroBatch(self.batch.on(device), labels, keys, self.weight)
+        tensors, free = (self.labels, self.example_keys, self.weights), device.type == "cuda"
+        return LoadedMicroBatch(self.batch.on(device), *(tensor.to(device, non_blocking=free) for tensor in tensors))
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class StepSize:
 
     examples: int  # of the global batch
     tokens: int  # real tokens of the global batch
-    positions: int  # real and padding tokens computed for it, fillers left out
+    positions: int  # tokens computed for it, padding included, and whatever fills the few shapes where there are few
     padded_positions: int  # examples × the longest of them
 
 
@@ -62,6 +62,7 @@ class Feed:
     process_index: int
     packed: bool
     device: torch.device  # where it will be computed
+    few_shapes: bool = False  # padded to a few shapes that are known beforehand, since each is compiled
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "feed"), init=False, repr=False)
     _ahead: tuple[tuple[int, int], Future[StepWork]] | None = field(default=None, init=False, repr=False)
 
@@ -81,12 +82,16 @@ class Feed:
     def size(self, rows: order.Rows, divided: Sequence[Sequence[batching.MicroBatch]]) -> StepSize:
         """What the rows of a step compute, divided so."""
         lengths, costs = self.split.tokens.lengths[rows], self.split.tokens.costs(packed=self.packed)[rows]
-        real = [part.indices for parts in divided for part in parts if part.weight]
+        # Elsewhere a process that has nothing to do computes one short row, which does not count.
+        counted = [part for parts in divided for part in parts if self.few_shapes or len(part.real)]
         return StepSize(
             examples=len(rows),
             tokens=int(lengths.sum()),
             positions=sum(
-                int(costs[indices].sum() if self.packed else len(indices) * costs[indices].max()) for indices in real
+                int(costs[part.indices].sum())
+                if self.packed
+                else len(part.indices) * (part.length or int(costs[part.indices].max()))
+                for part in counted
             ),
             padded_positions=len(rows) * int(lengths.max()),
         )
@@ -99,18 +104,27 @@ class Feed:
             num_examples=len(self.split),
             global_batch_size=self.training.global_batch_size,
         )
+        if self.few_shapes:
+            return rows, divide_into(self.split.tokens.lengths[rows], self.num_processes, self.shapes(max_tokens))
         costs = self.split.tokens.costs(packed=self.packed)[rows]
         return rows, batching.divide_batch(costs, self.num_processes, max_tokens, packed=self.packed)
+
+    def shapes(self, max_tokens: int) -> list[Shape]:
+        """The few shapes that micro-batches have at a token budget."""
+        return self.split.tokens.shapes(self.training.global_batch_size, self.num_processes, max_tokens)
 
     def load(self, step: int, rows: order.Rows, micro_batches: Sequence[batching.MicroBatch]) -> list[LoadedMicroBatch]:
         """Micro-batches of a step as tensors."""
         loaded = []
         for micro_batch in micro_batches:
             taken = rows[micro_batch.indices]
-            batch = self.split.tokens.batch(taken, packed=self.packed).pinned_for(self.device)
+            batch = self.split.tokens.batch(taken, packed=self.packed, length=micro_batch.length).pinned_for(
+                self.device
+            )
             labels = torch.from_numpy(np.asarray(self.split.rows.labels[taken]))
             keys = dropout.example_keys(taken, seed=self.training.seed, step=step)
+            tensors = [labels, keys, torch.from_numpy(micro_batch.weights)]
             if self.device.type == "cuda":
-                labels, keys = labels.pin_memory(), keys.pin_memory()
-            loaded.append(LoadedMicroBatch(batch, labels, keys, micro_batch.weight))
+                tensors = [tensor.pin_memory() for tensor in tensors]
+            loaded.append(LoadedMicroBatch(batch, *tensors))
         return loaded

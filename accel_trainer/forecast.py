@@ -17,14 +17,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from accel_trainer import hardware
+from accel_trainer import device_memory, hardware
 from accel_trainer.accelerate_config import AccelerateConfig
 from accel_trainer.batching import divide_split, token_budget
 from accel_trainer.data import Split
 from accel_trainer.feed import StepSize
+from accel_trainer.finishing import SCORED
 from accel_trainer.inputs import Inputs, read_inputs
 from accel_trainer.launching import LAUNCH_VARIABLES
-from accel_trainer.memory import Extent, MemoryNeeds, training_needs
+from accel_trainer.memory import Extent, MemoryNeeds, optimizer_bytes, training_needs
 from accel_trainer.model import count_parameters
 from accel_trainer.plan import TrainingPlan
 from accel_trainer.recipe import Recipe
@@ -34,7 +35,6 @@ from accel_trainer.signals import interrupted_by_signals
 from accel_trainer.speed import Speed, measure
 from accel_trainer.terminal import gib
 from accel_trainer.tracking import quieten_libraries
-from accel_trainer.train import SCORED
 
 # Bytes of a line of predictions: beside text and probabilities, of each probability, of the text of each token. Assumptions.
 ROW_BYTES, LABEL_BYTES, TOKEN_BYTES = 120, 40, 5
@@ -49,6 +49,7 @@ class Target:
     device: str  # cpu, cuda, …
     is_here: bool  # this machine has such a device
     mixed_precision: str
+    sharded: bool  # weights, gradients and optimizer are shared out over the processes
     memory: int | None  # bytes of a process's device, or its share of the machine; None where that is not here
 
 
@@ -192,7 +193,7 @@ def forecast(
         Interrupted: a signal came; nothing is left.
     """
     quieten_libraries()
-    program = hardware.resident_memory()
+    program = device_memory.resident_memory()
     is_here = config is None or config.use_cpu or torch.accelerator.is_available()
     silent = recipe.model_copy(update={"tracking": recipe.tracking.model_copy(update={"report_to": []})})
     inputs = read_inputs(silent, trust_remote_code=trust_remote_code)
@@ -222,7 +223,8 @@ def forecast(
             role = next(iter(scored(inputs)), "train")
             speed = measure(run, inputs.splits[role].tokens, disk)
     weights, roles = checkpoint_weights(inputs.model), {role: size_of(split) for role, split in inputs.splits.items()}
-    written = disk_needs(run, roles, weights, needs.optimizer, disk)
+    optimizer = optimizer_bytes(inputs.model.parameters(), recipe.training.optim)  # in a file it is whole
+    written = disk_needs(run, roles, weights, optimizer, disk)
     return Forecast(
         recipe=recipe,
         plan=run.plan,
@@ -236,7 +238,7 @@ def forecast(
         needs=needs,
         program=program if target.device == "cpu" else 0,
         evaluation=evaluation_bytes(run, target, needs),
-        seconds=None if speed is None else seconds_of(run, steps, roles, speed, weights, needs.optimizer),
+        seconds=None if speed is None else seconds_of(run, steps, roles, speed, weights, optimizer),
         unmeasured=unmeasured,
         disk=written,
         notes=inputs.notes,
@@ -264,14 +266,15 @@ def launched_alone(config: AccelerateConfig | None) -> Iterator[None]:
 def target_of(run: Run, config: AccelerateConfig | None, *, is_here: bool) -> Target:
     """The hardware that a config asks for; `run` is prepared on this machine's."""
     accelerator = run.accelerator
-    here, memory = accelerator.device.type, hardware.smallest_memory(accelerator)
+    here, memory = accelerator.device.type, device_memory.smallest_memory(accelerator)
     if config is None:
-        return Target(None, 1, here, is_here, accelerator.mixed_precision, memory)
+        return Target(None, 1, here, is_here, accelerator.mixed_precision, False, memory)
     if here == "cpu" and memory is not None:
         memory //= -(-config.num_processes // config.num_machines)
     device = here if is_here else "cuda"  # which one does not matter: it is not here
     memory = memory if is_here else None
-    return Target(config.path, config.num_processes, device, is_here, config.mixed_precision, memory)
+    sharded = config.distributed_type == "FSDP"
+    return Target(config.path, config.num_processes, device, is_here, config.mixed_precision, sharded, memory)
 
 
 def needs_of(run: Run, target: Target) -> MemoryNeeds:
@@ -283,6 +286,7 @@ def needs_of(run: Run, target: Target) -> MemoryNeeds:
         packed=run.packed,
         num_processes=target.num_processes,
         mixed_precision=target.mixed_precision,
+        sharded=target.sharded,
     )
 
 

@@ -71,8 +71,14 @@ def memory_rows(found: Forecast) -> Iterator[Row]:
     precision = precision_named(target.mixed_precision)
     yield "parameters", "in all", f"{counts['total']:,}", f"{counts['trainable']:,} trained"
     where = "1 process" if target.num_processes == 1 else "each process"
-    yield "memory", "weights", gib(needs.weights), f"of {where}, expected"
-    yield "", "gradients", gib(needs.gradients), "" if target.num_processes == 1 else "and their buckets"
+    shares = ": its share, and what is put together at once" if target.sharded else ""
+    yield "memory", "weights", gib(needs.weights), f"of {where}, expected{shares}"
+    yield (
+        "",
+        "gradients",
+        gib(needs.gradients),
+        "" if target.num_processes == 1 or target.sharded else "and their buckets",
+    )
     yield "", "optimizer", gib(needs.optimizer), found.recipe.training.optim
     yield "", "activations", gib(found.steps.activations), f"of a micro-batch, {precision}"
     yield "", "beside", gib(needs.beside), "what the computation allots, and the largest gradient once more"

@@ -2,40 +2,35 @@
 
 from __future__ import annotations
 
-import atexit
-import ctypes
 import gc
 import os
 import platform
-import re
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import GradientAccumulationPlugin, gather_object
-from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
-from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
+from accelerate.utils import (
+    DistributedType,
+    DynamoBackend,
+    GradientAccumulationPlugin,
+)
 
-from accel_trainer import COLLECTION_THRESHOLD
-from accel_trainer.accelerate_keys import REFUSED
-from accel_trainer.batching import token_budget
-from accel_trainer.errors import HardwareError, OutOfMemory, ProcessLost, UserError
+from accel_trainer import COLLECTION_THRESHOLD, xla
+from accel_trainer.accelerate_keys import FSDP_MUST, FSDP_PRECISIONS, REFUSED, fsdp_remedy
+from accel_trainer.collectives import LOST, first_sentence, is_first_process, lost_processes_named, together
+from accel_trainer.device_memory import keep_freed_memory, smallest_memory
+from accel_trainer.errors import AccelTrainerError, HardwareError, UserError
 from accel_trainer.redaction import without_secrets
+from accel_trainer.rendezvous import meeting_place, name_the_network
+from accel_trainer.terminal import complain
 
 PACKAGES = ("accel_trainer", "torch", "transformers", "accelerate", "datasets", "tokenizers", "evaluate", "numpy")
-# How errors without a type of their own say that the memory is full: CUDA, ROCm and MPS; CPU; cuBLAS and cuDNN; XLA.
-OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator: ", "_STATUS_ALLOC_FAILED", "RESOURCE_EXHAUSTED")
-# How a collective says that another process did not take part in it: Gloo; NCCL; the store that processes meet at.
-LOST = ("/gloo/", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "TCPStore")
 TIMEOUT = 1800  # seconds, as `TrainingArguments.ddp_timeout`
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-_GROUPS: list[Any] = []  # see `leave_process_group`
 
 
 def start_accelerator(
@@ -56,9 +51,11 @@ def start_accelerator(
     if timeout < 1:
         raise UserError(f"--ddp_timeout {timeout}: give seconds, 1 or more")
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    name_the_network()
     gc.freeze()  # what is imported by now stays for ever
     gc.set_threshold(*COLLECTION_THRESHOLD)
     keep_freed_memory()
+    xla.hear_precision()
     try:
         accelerator = Accelerator(
             # Processes started on a machine without an accelerator must be told so, or each believes itself alone.
@@ -76,15 +73,23 @@ def start_accelerator(
         )
     except (ValueError, ImportError) as error:
         raise HardwareError(f"accelerate config: {error}") from error
-    except torch.distributed.DistError as error:
-        raise HardwareError(f"the processes of the launch do not find each other: {error}") from error
+    except RuntimeError as error:  # DistError, or what Gloo raises
+        if not isinstance(error, torch.distributed.DistError) and not any(sign in str(error) for sign in LOST):
+            raise
+        raise HardwareError(
+            f"the processes of the launch do not reach each other: {first_sentence(error)}. If a machine did not end, start all "
+            "of them again; else see to it that none keeps another out, and name the network between them on each, as `ip address` "
+            "does: export GLOO_SOCKET_IFNAME=eth0 (on GPUs NCCL_SOCKET_IFNAME)"
+        ) from error
+    xla.keep_float32(accelerator)
     # Accelerate leaves out, without a word, the trackers whose package is not installed.
     missing = sorted(set(report_to) - {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with})
     if missing:
         raise UserError(
             f"tracking.report_to: {', '.join(missing)} is not installed; install it, or take it out of the list"
         )
-    if accelerator.num_processes != world_size:
+    # On TPUs torch_xla starts the processes, and WORLD_SIZE is nothing to it.
+    if accelerator.num_processes != world_size and accelerator.distributed_type is not DistributedType.XLA:
         raise HardwareError(
             f"the launcher started {world_size} processes (WORLD_SIZE), but Accelerate runs {accelerator.num_processes} "
             f"({accelerator.distributed_type.value}); each would train alone. Launch CPU processes with "
@@ -93,136 +98,31 @@ def start_accelerator(
     reason = REFUSED.get(accelerator.distributed_type.value)
     if reason is not None:
         raise HardwareError(f"accelerate config: distributed_type {accelerator.distributed_type.value}: {reason}")
+    if accelerator.distributed_type is DistributedType.FSDP:
+        check_fsdp(accelerator)
     return accelerator
 
 
-def meeting_place() -> str:
-    """Where the processes of a launch find each other, as `init_process_group` calls it.
-
-    torchrun keeps its store when it starts processes again (2.13), with the addresses of those that died: the new ones would
-    wait for these for ever, or be refused. They get a room of their own. On one host alone: others may count otherwise.
-    """
-    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    if not again or os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
-        return "env://"
-    with suppress(RuntimeError):  # it is known already
-        register_rendezvous_handler("restarted", _room_of_this_attempt)
-    return "restarted://"
-
-
-def _room_of_this_attempt(_url: str, **arguments: Any) -> Iterator[tuple[Store, int, int]]:
-    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
-    for store, rank, world_size in rendezvous("env://", **arguments):
-        yield PrefixStore(f"attempt {attempt}", store), rank, world_size
-
-
-def keep_freed_memory() -> None:
-    """Let the process keep large blocks of memory that it frees, instead of handing each back to the system.
-
-    Every step would have them paged in again, a tenth of its time on short texts (measured). The GNU C library only.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        library = ctypes.CDLL(None)
-        for threshold in (2**30, 2**25):  # older versions take no more than the second
-            if library.mallopt(M_MMAP_THRESHOLD, threshold):
-                break
-        library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def smallest_memory(accelerator: Accelerator) -> int | None:
-    """Total memory in bytes of the smallest device of the run, each process's share of it; None where it is not told."""
-    device = accelerator.device
-    own = -1
-    if device.type == "cuda":
-        own = torch.cuda.get_device_properties(device).total_memory
-    elif device.type == "cpu" and "SC_PHYS_PAGES" in os.sysconf_names:
-        whole = min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), container_memory())
-        own = whole // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    smallest = min(gather_object([own]))
-    return None if smallest < 0 else int(smallest)
-
-
-def container_memory() -> int:
-    """Memory in bytes that this process's container may use, by version 2 or 1 of Linux's control groups; else more than any."""
-    for place in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with suppress(OSError, ValueError):  # no such file; "max"
-            return int(Path(place).read_text(encoding="ascii"))
-    return 2**63
-
-
-def tokens_per_device(accelerator: Accelerator, needs: tuple[int, int], given: int | None) -> int:
-    """Token budget of a micro-batch, the same on every rank: the command line's, or derived from device and model.
-
-    Args:
-        accelerator: the run's.
-        needs: bytes that stay, and that a token takes: see `memory`.
-        given: on the command line, None if it is not.
+def check_fsdp(accelerator: Accelerator) -> None:
+    """See that FSDP is asked for as this program keeps its promise with it.
 
     Raises:
-        UserError: the command line's is not positive.
+        HardwareError: it is not.
     """
-    if given is not None and given < 1:
-        raise UserError(f"--max_tokens_per_device {given}: give a positive number of tokens")
-    return given or token_budget(accelerator.device.type, smallest_memory(accelerator), *needs)
-
-
-@contextmanager
-def out_of_memory_named(examples: int = 1, tokens: int = 0) -> Iterator[None]:
-    """Give the many errors by which a device says that its memory is full one name.
-
-    Args:
-        examples: of the micro-batch that is computed in the block.
-        tokens: of all of them, padding included.
-
-    Raises:
-        OutOfMemory: it does.
-    """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        told = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not told and not any(sign in str(error) for sign in OUT_OF_MEMORY):
-            raise
-        reason = str(error).partition("\n")[0].rstrip(".") or "out of memory"
-        raise OutOfMemory(reason, examples, tokens) from error
-
-
-@contextmanager
-def lost_processes_named(accelerator: Accelerator) -> Iterator[None]:
-    """Give the errors by which a collective says that another process is gone one name.
-
-    Raises:
-        ProcessLost: it does.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        told = isinstance(error, torch.distributed.DistError) if torch.distributed.is_available() else False
-        if accelerator.num_processes == 1 or not (told or any(sign in str(error) for sign in LOST)):
-            raise
-        # Without the place in the library's source before it, and the advice after it.
-        text = str(error).partition("Last error:")[2] or re.sub(r"^\[[^\]]*\]\s*", "", str(error))
-        reason = text.strip().partition("\n")[0].partition(". ")[0].strip().rstrip(".")
-        if "invalid usage" in str(error):
-            raise HardwareError(
-                f"the processes cannot talk to each other: {reason}; check the accelerate config"
-            ) from error
-        raise ProcessLost(
-            f"process {accelerator.process_index} of {accelerator.num_processes} lost another one, which died or answers no "
-            f"more ({reason}). The last checkpoint is kept: run the same line again with --resume"
-        ) from error
-
-
-def leave_process_group(accelerator: Accelerator) -> None:
-    """Leave the group of processes in order, after the last collective.
-
-    The group's memory stays until the process ends. Freed together with DDP's reducer, while the interpreter is locked, it
-    would wait for its own thread, and that one for the interpreter, to free the tensors of the last collective: for ever, in
-    one of twenty runs or so (Gloo, torch 2.13).
-    """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        _GROUPS.append(torch.distributed.group.WORLD)
-    accelerator.end_training()
+    for key, must in FSDP_MUST.items():
+        said = os.environ.get(must.environment or f"FSDP_{key.upper()}", must.unsaid)
+        if said.lower() not in must.values:
+            raise HardwareError(f"accelerate config: fsdp_{key} {said or 'left out'}: {must.why}; {fsdp_remedy(key)}")
+    if accelerator.mixed_precision not in FSDP_PRECISIONS:
+        raise HardwareError(
+            f'accelerate config: mixed_precision {accelerator.mixed_precision} has not been tried with FSDP; use bf16 or "no"'
+        )
+    if accelerator.state.dynamo_plugin.backend is not DynamoBackend.NO:
+        raise HardwareError("accelerate config: compiling has not been tried with FSDP; remove dynamo_config")
+    if accelerator.parallelism_config is not None:
+        raise HardwareError(
+            "accelerate config: FSDP in several dimensions has not been tried; remove parallelism_config"
+        )
 
 
 def precision_named(mixed_precision: str) -> str:
@@ -230,75 +130,32 @@ def precision_named(mixed_precision: str) -> str:
     return "float32" if mixed_precision == "no" else mixed_precision
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes that this process has taken at most: of a card's memory, else of the machine's."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    import resource  # of Unix alone
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def resident_memory() -> int:
-    """Bytes of the machine's memory that this process takes now; at most so far, where the system does not say."""
-    with suppress(OSError, IndexError, ValueError):
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return peak_memory(torch.device("cpu"))
-
-
-def end_process(code: int) -> NoReturn:
-    """End this process with an exit code.
-
-    One that was in a group of processes ends without taking the interpreter apart: that would free the group's memory (see
-    `leave_process_group`), and a thread of Gloo's that then asks for the interpreter aborts the process, all work done.
-    """
-    if not (_GROUPS or (torch.distributed.is_available() and torch.distributed.is_initialized())):
-        sys.exit(code)
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
 @contextmanager
-def together(accelerator: Accelerator) -> Iterator[None]:
-    """If a user's mistake shows on any process inside the block, raise it on all, so that none waits for ever. Collective.
+def told_to_other_machines(timeout: int) -> Iterator[None]:
+    """If a user's mistake shows in the block, before the processes have met, raise it on all machines.
 
-    So it is with a file that cannot be had.
+    Each reads files of its own, and those that find no mistake would wait for this one. On one machine all find it.
+    The first process says at once what it found: the others may come late, or never.
+
+    Args:
+        timeout: seconds that processes wait for each other.
 
     Raises:
-        UserError: this process's own, or else the message of the lowest rank that has one.
+        UserError: the mistake.
     """
-    mistake = None
     try:
         yield
-    except UserError as error:
-        mistake = error
-    except OSError as error:
-        mistake = UserError(f"{error.filename or 'a file'}: {error.strerror or error}")
-        mistake.__cause__ = error
-    if accelerator.num_processes > 1:
-        messages = gather_object([None if mistake is None else str(mistake)])
-        others = [message for message in messages if message is not None]
-        if mistake is None and others:
-            mistake = UserError(others[0])
-    if mistake is not None:
-        raise mistake
-
-
-@contextmanager
-def first_process_first(accelerator: Accelerator) -> Iterator[None]:
-    """Let the first process of each machine go through the block before the others, whether it succeeds or not.
-
-    Accelerate's own `local_main_process_first` leaves the others waiting when the first one raises.
-    """
-    if not accelerator.is_local_main_process:
-        accelerator.wait_for_everyone()
-    try:
-        yield
-    finally:
-        if accelerator.is_local_main_process:
-            accelerator.wait_for_everyone()
+    except UserError as mistake:
+        everywhere, here = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+        if int(everywhere) > int(here):
+            if is_first_process():
+                complain(mistake)
+                mistake.is_told = True
+            with suppress(AccelTrainerError):
+                accelerator = start_accelerator(timeout=timeout)
+                with lost_processes_named(accelerator), together(accelerator):
+                    raise
+        raise
 
 
 def _installed(package: str) -> str | None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from accel_trainer import hardware, metrics
+from accel_trainer import collectives, metrics
 from accel_trainer.data import LabelledData, Split, load_labelled, tokenise
-from accel_trainer.differences import PLACES
+from accel_trainer.differences import PLACES, differences, short
 from accel_trainer.errors import UserError
 from accel_trainer.hub_data import reach_hub
 from accel_trainer.model import build_model, load_config, weights_sha256
@@ -43,18 +41,40 @@ def read_inputs_together(accelerator: Accelerator, recipe: Recipe, *, trust_remo
     """`read_inputs`, by the first process of each machine before the others, so that the caches are written once.
 
     Raises:
-        UserError: on every process, if it showed on any; or the processes made different initial weights.
+        UserError: on every process, if it showed on any; or they have different recipes, data or initial weights.
     """
-    with hardware.together(accelerator), hardware.first_process_first(accelerator):
+    check_same(accelerator, without_places(recipe), "were given different recipes", "give every machine the same one")
+    with collectives.together(accelerator), collectives.first_process_first(accelerator):
         inputs = read_inputs(recipe, trust_remote_code=trust_remote_code)
-    facts = json.dumps([inputs.initial_sha256, mathematics(inputs)], sort_keys=True)
-    hashes = gather_object([hashlib.sha256(facts.encode()).hexdigest()])
-    if len(set(hashes)) > 1:
-        raise UserError(
-            f"the processes read different data or made different initial weights ({', '.join(h[:12] for h in hashes)}); "
-            "give every machine the same files, the same checkpoint and the same versions of torch and transformers"
-        )
+    check_same(
+        accelerator,
+        {"initial weights": inputs.initial_sha256, **mathematics(inputs)},
+        "read different data or made different initial weights",
+        "give every machine the same files, the same checkpoint and the same versions of torch and transformers",
+    )
     return inputs
+
+
+def check_same(accelerator: Accelerator, own: dict[str, Any], what: str, remedy: str) -> None:
+    """See that all processes have the same, where each has its own from files of its own. Collective.
+
+    Args:
+        accelerator: the run's.
+        own: this process's, as JSON.
+        what: they did, if they do not.
+        remedy: what to do then.
+
+    Raises:
+        UserError: they do not.
+    """
+    first = collectives.from_main_process(accelerator, own)
+    with collectives.together(accelerator):
+        changed = differences(first, own)
+        if changed:
+            here = f"process {accelerator.process_index}"
+            shown = [f"  {key}: {short(one)} on process 0, {short(other)} on {here}" for key, one, other in changed[:5]]
+            more = [f"  and {len(changed) - 5} more"] if len(changed) > 5 else []
+            raise UserError("\n".join([f"the processes {what}; {remedy}:", *shown, *more]))
 
 
 def read_inputs(recipe: Recipe, *, trust_remote_code: bool = False) -> Inputs:
@@ -132,12 +152,18 @@ def pinned(recipe: Recipe, data: LabelledData, max_length: int) -> Recipe:
     return recipe.model_copy(update={"dataset": dataset, "model": pinned_files(recipe.model)})
 
 
+def without_places(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as JSON, but for where data and checkpoints lie: what was read is compared by its hash."""
+    values = recipe.model_dump(mode="json")
+    for section, places in PLACES.items():
+        for key in places:
+            del values[section][key]
+    return values
+
+
 def mathematics(inputs: Inputs) -> dict[str, Any]:
     """All that the steps of a run are a function of, as JSON; where the data lie and what is logged is left out."""
-    recipe = inputs.recipe.model_dump(mode="json")
-    for section, places in PLACES.items():
-        for key in places:  # what was read is compared, by its hash
-            del recipe[section][key]
+    recipe = without_places(inputs.recipe)
     config = json.loads(inputs.model.config.to_json_string(use_diff=True))
     return {
         **{section: recipe[section] for section in ("dataset", "model", "training", "evaluation")},

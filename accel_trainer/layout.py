@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from accel_trainer import order
+from accel_trainer import order, xla
 from accel_trainer.classifier import Classifier, strays
 from accel_trainer.data import Split
 from accel_trainer.errors import UserError
@@ -20,6 +20,16 @@ from accel_trainer.tracking import logger
 ROUNDING = 1e-4
 
 
+def packs(device: torch.device, layout: str = "auto") -> bool:
+    """Whether micro-batches shall be packed, if the model can be: XLA compiles every new length."""
+    return layout == "packed" or (layout == "auto" and not xla.computes_on(device))
+
+
+def has_few_shapes(device: torch.device, *, packed: bool) -> bool:
+    """Whether micro-batches shall be padded to a few shapes that are known beforehand, since each is compiled."""
+    return xla.computes_on(device) and not packed
+
+
 def choose_layout(classifier: Classifier, split: Split, layout: str, device: torch.device) -> bool:
     """Whether micro-batches are packed. A model that is not of `classifier.PACKED` is tried on three rows.
 
@@ -27,13 +37,13 @@ def choose_layout(classifier: Classifier, split: Split, layout: str, device: tor
         UserError: packed was asked for and is not possible, or what the model computes of an example depends on more than
             the example, so that no layout could give the steps of another.
     """
-    packs = layout == "packed" or (layout == "auto" and device.type != "xla")  # XLA compiles every new length
+    wanted = packs(device, layout)
     if classifier.is_known:
-        return packs
+        return wanted
     by_length = split.tokens.lengths.argsort(kind="stable")
     rows = by_length[[0, len(split) // 4, len(split) // 2]]  # from short to middling
     family = classifier.model.config.model_type
-    if packs:
+    if wanted:
         reason = why_unpacked(classifier, split, rows)
         if reason is None:
             return True

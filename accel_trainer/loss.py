@@ -31,7 +31,7 @@ class Tally:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
-        # Wide, so that it does not matter when they were last read.
+        # Wide where the device is, so that it does not matter there when they were last read.
         wide = torch.float32 if accelerator.device.type in ("mps", "xla") else torch.float64
         self._nothing = torch.tensor([0.0, torch.inf], dtype=wide, device=accelerator.device)
         self._tally = self._nothing  # sum of losses; first step that is not finite

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from accel_trainer import dropout
 from accel_trainer.classifier import Classifier
+from accel_trainer.model import encoder_layers
 from accel_trainer.packing import Packing
 from accel_trainer.tokenization import Batch
 
@@ -180,6 +181,7 @@ def training_needs(
     packed: bool,
     num_processes: int = 1,
     mixed_precision: str = "no",
+    sharded: bool = False,
 ) -> MemoryNeeds:
     """What training a classifier takes on each device.
 
@@ -190,6 +192,7 @@ def training_needs(
         packed: the layout.
         num_processes: of several, each holds the gradients twice: DDP's buckets.
         mixed_precision: as Accelerate calls it.
+        sharded: each process holds its share of weights, gradients and optimizer, and some weights whole for a while.
     """
     config = classifier.model.config
     layers, width = getattr(config, "num_hidden_layers", 12), getattr(config, "hidden_size", 768)
@@ -201,14 +204,35 @@ def training_needs(
         fixed, inputs = kept_activations(classifier, longest, packed=packed, mixed_precision=mixed_precision)
         kept = Extent(*(a + LAYERS_AGAIN * b for a, b in zip(inputs, layer, strict=True)))
     trainable = [p.numel() for p in classifier.parameters() if p.requires_grad]
+    weights, optimizer = (
+        SCALAR * sum(p.numel() for p in classifier.parameters()),
+        optimizer_bytes(classifier.parameters(), optim),
+    )
+    if sharded:
+        together = SCALAR * whole_at_once(classifier)
+        return MemoryNeeds(
+            weights=weights // num_processes + together,
+            gradients=SCALAR * sum(trainable) // num_processes,
+            optimizer=optimizer // num_processes,
+            beside=together
+            + PROCESS,  # their gradients, on the way to those who hold them; no other copy of weights is kept
+            kept=kept,
+            layer=layer,
+        )
     return MemoryNeeds(
-        weights=SCALAR * sum(p.numel() for p in classifier.parameters()),
+        weights=weights,
         gradients=SCALAR * sum(trainable) * (1 if num_processes == 1 else 2),
-        optimizer=optimizer_bytes(classifier.parameters(), optim),
+        optimizer=optimizer,
         beside=fixed + SCALAR * max(trainable, default=0) + PROCESS,
         kept=kept,
         layer=layer,
     )
+
+
+def whole_at_once(classifier: Classifier) -> int:
+    """How many weights a process that holds shares has whole at once: those of no layer, a layer's and the next one's."""
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in encoder_layers(classifier.model) or ()]
+    return sum(p.numel() for p in classifier.parameters()) - sum(layers) + sum(sorted(layers)[-2:])
 
 
 def prediction_needs(classifier: Classifier, longest: int, *, packed: bool) -> tuple[int, int]:

@@ -13,9 +13,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, get_scheduler
 from transformers.optimization import Adafactor
 
+from accel_trainer import xla
+from accel_trainer.errors import UserError
 from accel_trainer.model import layer_depths
 from accel_trainer.plan import TrainingPlan
 from accel_trainer.recipe import TrainingSection
+from accel_trainer.sharding import whole
 
 CLIP_EPSILON = 1e-6  # torch divides by norm + this, so that a little below the bound it clips already
 
@@ -58,8 +61,14 @@ def parameter_groups(model: PreTrainedModel, section: TrainingSection) -> list[d
     return list(groups.values())
 
 
-def build_optimizer(groups: Iterable[dict[str, Any]], section: TrainingSection, device: torch.device) -> Optimizer:
-    """The recipe's optimizer over `parameter_groups`, fused where the device has it."""
+def build_optimizer(
+    groups: Iterable[dict[str, Any]], section: TrainingSection, device: torch.device, *, sharded: bool = False
+) -> Optimizer:
+    """The recipe's optimizer over `parameter_groups`, fused where the device has it.
+
+    Raises:
+        UserError: it cannot work on shares.
+    """
     groups, is_fused = list(groups), device.type in ("cpu", "cuda", "mps", "xpu")
     if section.optim == "adamw_torch":
         return torch.optim.AdamW(
@@ -69,11 +78,18 @@ def build_optimizer(groups: Iterable[dict[str, Any]], section: TrainingSection, 
             eps=section.adam_epsilon,
             fused=is_fused,
         )
+    if section.optim == "adafactor" and sharded:
+        raise UserError(
+            "training.optim: adafactor averages over rows and columns of whole weights, of which FSDP leaves no process more "
+            "than a share; use multi_gpu.yaml"
+        )
     if section.optim == "adafactor":  # fixed learning rate, as the recipe's schedule demands
         return Adafactor(  # type: ignore[no-untyped-call]
             groups, lr=section.learning_rate, scale_parameter=False, relative_step=False
         )
-    return torch.optim.SGD(groups, lr=section.learning_rate, fused=is_fused)
+    return torch.optim.SGD(
+        groups, lr=section.learning_rate, fused=is_fused and not sharded
+    )  # torch 2.13 has none for shares
 
 
 def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float | None) -> Tensor:
@@ -88,11 +104,14 @@ def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float |
         the norm before, a scalar.
     """
     if accelerator.device.type != "cpu" or accelerator.scaler is not None:
+        xla.renew_gradients(model)
         bound = float("inf") if max_norm is None else max_norm
-        return torch.as_tensor(accelerator.clip_grad_norm_(model.parameters(), bound))
+        return whole(torch.as_tensor(accelerator.clip_grad_norm_(model.parameters(), bound)))
     # Nobody waits for a look at a number on a CPU, and it mostly saves a pass over all gradients to multiply them by 1.
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    norm = whole(
+        torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    )
     if max_norm is not None and norm + CLIP_EPSILON > max_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm

@@ -32,7 +32,7 @@ from accel_trainer.launching import LAUNCH_VARIABLES, LAUNCHER, TRAINER, launche
 from accel_trainer.library import find_recipe, shipped
 from accel_trainer.plan import TrainingPlan
 from accel_trainer.recipe_file import load_recipe
-from accel_trainer.run import Run, optimizer_state, prepare
+from accel_trainer.run import Run, optimizer_state, prepare, shapes_of
 from accel_trainer.run_folder import RunFolder, write_json
 from accel_trainer.signals import interrupted_by_signals
 from accel_trainer.tracking import logger, quieten_libraries
@@ -222,7 +222,9 @@ def fixed_logits(run: Run) -> Numbers:
     """Logits of the first rows of the validation split, or of the training split; shape (n, c)."""
     tokens = run.inputs.splits.get("validation", run.inputs.splits["train"]).tokens
     first = replace(tokens, lengths=tokens.lengths[:FIXED_ROWS])
-    return predict_logits(run.accelerator, run.model, first, run.max_tokens, packed=run.packed).astype(np.float64)
+    shapes = shapes_of(run, first)
+    logits = predict_logits(run.accelerator, run.model, first, run.max_tokens, packed=run.packed, shapes=shapes)
+    return logits.astype(np.float64)
 
 
 def take_steps(

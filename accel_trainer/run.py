@@ -2,44 +2,40 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from accel_trainer import artifacts, checkpoint, git_version, hardware
-from accel_trainer.batching import smaller_budget
+from accel_trainer import artifacts, checkpoint, collectives, device_memory, git_version, hardware, xla
 from accel_trainer.classifier import Classifier
-from accel_trainer.differences import differences, flat, in_groups
-from accel_trainer.errors import OutOfMemory, RunFolderError, TrainingFailed, UserError
+from accel_trainer.collectives import gather_object
+from accel_trainer.differences import flat
+from accel_trainer.errors import RunFolderError, UserError
 from accel_trainer.feed import Feed, StepWork
 from accel_trainer.inputs import Inputs, mathematics
-from accel_trainer.layout import choose_layout
+from accel_trainer.layout import choose_layout, has_few_shapes
 from accel_trainer.memory import training_needs
 from accel_trainer.model import count_parameters
-from accel_trainer.optim import (
-    build_optimizer,
-    build_scheduler,
-    load_state_by_name,
-    parameter_groups,
-    state_by_name,
-)
+from accel_trainer.optim import build_optimizer, build_scheduler, parameter_groups, state_by_name
 from accel_trainer.origin import Origin
 from accel_trainer.plan import TrainingPlan
 from accel_trainer.recipe_file import to_yaml
 from accel_trainer.redaction import without_secrets
 from accel_trainer.run_folder import RunFolder, write_json, write_text
-from accel_trainer.tokenization import tokenizer_sha256
+from accel_trainer.shapes import Shape
+from accel_trainer.sharding import gathered, make_ready, shards, share
+from accel_trainer.tokenization import Tokens, tokenizer_sha256
 from accel_trainer.tracking import logger, start_trackers, track
 
 
@@ -49,7 +45,7 @@ class TrainerState:
 
     step: int = 0
     tokens: int = 0  # real tokens trained on
-    positions: int = 0  # real and padding tokens computed
+    positions: int = 0  # tokens computed, see `feed.StepSize`
     padded_positions: int = 0  # what padding every global batch to its longest example would have computed
     loss_sum: float = 0.0  # over all processes, since the last logged line
     examples: int = 0  # likewise
@@ -131,12 +127,14 @@ def prepare(
     recipe = inputs.recipe
     plan = TrainingPlan.of(recipe, len(inputs.splits["train"]))
     if gradient_checkpointing:
+        if xla.computes_on(accelerator.device):  # torch_xla's own leaves layers above frozen ones without gradient
+            raise UserError("--gradient_checkpointing: torch has none for XLA devices; leave the option out")
         try:
             inputs.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
         except ValueError as error:
             raise UserError(f"--gradient_checkpointing: {error} Leave the option out") from error
     classifier = Classifier(inputs.model)
-    with hardware.together(accelerator):
+    with collectives.together(accelerator):
         packed = choose_layout(classifier, inputs.splits["train"], layout, accelerator.device)
     packed = all(gather_object([packed]))  # a trial could end differently on another machine
     longest = int(inputs.splits["train"].tokens.lengths.max())
@@ -151,12 +149,15 @@ def prepare(
             packed=packed,
             num_processes=accelerator.num_processes,
             mixed_precision=accelerator.mixed_precision,
+            sharded=shards(accelerator),
         ).budget(longest)
-    max_tokens = hardware.tokens_per_device(accelerator, needs, max_tokens_per_device)
+    max_tokens = device_memory.tokens_per_device(accelerator, needs, max_tokens_per_device)
     groups = parameter_groups(inputs.model, recipe.training)
-    optimizer = build_optimizer(groups, recipe.training, accelerator.device)
+    optimizer = build_optimizer(groups, recipe.training, accelerator.device, sharded=shards(accelerator))
     # The schedule stays unprepared: Accelerate's wrapper would move it once per process and update.
     scheduler = build_scheduler(optimizer, recipe.training, plan)
+    if shards(accelerator):
+        make_ready(accelerator, classifier)
     model, prepared = accelerator.prepare(classifier, optimizer)
     if recipe.tracking.report_to:
         settings = {key: without_secrets(str(value)) for key, value in flat(recipe.model_dump(mode="json")).items()}
@@ -177,6 +178,7 @@ def prepare(
             process_index=accelerator.process_index,
             packed=packed,
             device=accelerator.device,
+            few_shapes=has_few_shapes(accelerator.device, packed=packed),
         ),
         max_tokens=max_tokens,
     )
@@ -203,6 +205,7 @@ def write_run_json(run: Run, origin: Origin | None = None) -> None:
             "recipe": None if origin is None else origin.as_dict(),
             "hardware": facts,
             "layout": "packed" if run.packed else "padded",
+            **({"shapes": all_shapes(run)} if run.feed.few_shapes else {}),
             "max_tokens_per_device": run.max_tokens,
             "versions": hardware.versions(),
             "git_commit": git_version.commit(Path.cwd()),
@@ -234,9 +237,42 @@ def write_run_json(run: Run, origin: Origin | None = None) -> None:
         facts["num_processes"],
         "" if facts["num_processes"] == 1 else "es",
         facts["device"],
-        "float32" if facts["mixed_precision"] == "no" else facts["mixed_precision"],
+        hardware.precision_named(facts["mixed_precision"]),
         "packed without padding" if run.packed else "padded",
     )
+
+
+def shapes_of(run: Run, tokens: Tokens) -> list[Shape] | None:
+    """The few shapes that micro-batches have when logits of these rows are computed; None: any."""
+    processes = run.accelerator.num_processes
+    return tokens.shapes(len(tokens), processes, run.max_tokens) if run.feed.few_shapes else None
+
+
+def all_shapes(run: Run) -> dict[str, list[Shape] | None]:
+    """Rows and columns of the micro-batches that each split is computed in, where they are few: XLA compiles each once."""
+    evaluated = {role: split.tokens for role, split in run.inputs.splits.items() if role != "train"}
+    shapes = {role: shapes_of(run, tokens) for role, tokens in evaluated.items()}
+    return {"training": run.feed.shapes(run.max_tokens), **shapes}
+
+
+def amend_run_json(run: Run, **facts: Any) -> None:
+    """Write into run.json what has become known, or different, since."""
+    if run.is_main:
+        before = json.loads(run.folder.run.read_text(encoding="utf-8"))
+        write_json(run.folder.run, before | facts)
+
+
+@contextmanager
+def compilations_noted(run: Run) -> Iterator[None]:
+    """Write into run.json how many graphs the main process has compiled on XLA by the end of the block, however it ends."""
+    try:
+        yield
+    finally:
+        if run.is_main and xla.computes_on(run.accelerator.device):
+            count = xla.compilations()
+            logger.info("%d graphs compiled", count)
+            with suppress(RunFolderError, OSError):  # what ends the run is to be told, not this
+                amend_run_json(run, compilations=count)
 
 
 def record(run: Run, line: dict[str, Any]) -> None:
@@ -257,14 +293,33 @@ def whole_weights(run: Run) -> dict[str, Tensor]:
 
 
 def optimizer_state(run: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and plain values of the optimizer, by the names of the stock model's parameters."""
-    return state_by_name(_inner(run.optimizer), run.inputs.model)
+    """Tensors and plain values of the optimizer, by the names of the stock model's parameters. Collective.
+
+    What lies in shares is whole on the main process, and left out on others: counts of steps are there on all.
+    """
+    tensors, values = state_by_name(inner_optimizer(run.optimizer), run.inputs.model)
+    return gathered(tensors, keep=run.is_main), values
+
+
+def received(run: Run, tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """What each process holds of weights or optimizer state that the main process read: all of it, or its shares. Collective.
+
+    Args:
+        run: prepared.
+        tensors: by the names of the stock model's weights, an entry of the optimizer after a space; None on other processes.
+    """
+    held = run.inputs.model.state_dict()
+
+    def keep(name: str, tensor: Tensor) -> Tensor:
+        return share(tensor, held[name.partition(" ")[0]]) if tensor.dim() else tensor  # a count of steps is everyone's
+
+    return collectives.tensors_from_main_process(run.accelerator, tensors, keep)
 
 
 def write_model(run: Run, folder: Path, scores: dict[str, dict[str, float]], step: int) -> None:
     """Write the current weights, those of `step`, as a folder that transformers loads. Collective."""
     weights = whole_weights(run)
-    with hardware.together(run.accelerator):
+    with collectives.together(run.accelerator):
         if run.is_main:
             card = artifacts.model_card(run.inputs.recipe, run.inputs.label_names, step, scores)
             artifacts.save_model(folder, run.inputs.model, weights, run.inputs.tokenizer, card, step)
@@ -278,32 +333,10 @@ def write_best(run: Run, scores: dict[str, float]) -> None:
     in between goes on from the last one, and must find what it remembers.
     """
     folder = run.folder
-    with hardware.together(run.accelerator):
+    with collectives.together(run.accelerator):
         if run.is_main and folder.best.exists() and not folder.best_before.exists() and folder.checkpoints.exists():
             folder.best.rename(folder.best_before)
     write_model(run, run.folder.best, {"validation": scores}, run.state.step)
-
-
-def settle_best(run: Run) -> None:
-    """After a restore, let `best/` hold the weights that the state calls best; if they are gone, forget them and say so."""
-    folder, wanted, found = run.folder, run.state.best_step, True
-    with hardware.together(run.accelerator):
-        if run.is_main:
-            if folder.weights_step(folder.best) != wanted:
-                shutil.rmtree(folder.best, ignore_errors=True)  # of steps that are about to be taken again
-                if wanted is not None and folder.weights_step(folder.best_before) == wanted:
-                    folder.best_before.rename(folder.best)
-            shutil.rmtree(
-                folder.best_before, ignore_errors=True
-            )  # what is left there is older than the last checkpoint
-            found = wanted is None or folder.weights_step(folder.best) == wanted
-    if not gather_object([found])[0]:  # as the main process sees it: one that thought otherwise would wait for ever
-        logger.warning(
-            "the best weights so far, of step %d, are no longer in %s: the best from here on are kept",
-            wanted,
-            folder.best,
-        )
-        run.state.best_metric = run.state.best_step = None
 
 
 def save(run: Run) -> None:
@@ -320,8 +353,9 @@ def save(run: Run) -> None:
         "num_processes": run.accelerator.num_processes,
         "max_tokens_per_device": run.max_tokens,
     }
-    with hardware.together(run.accelerator):  # a full disk ends all of them, with the message
+    with collectives.together(run.accelerator):  # a full disk ends all of them, with the message
         if run.is_main:
+            run.folder.check_held()
             checkpoint.save_checkpoint(run.folder.checkpoints, run.state.step, weights, tensors, trainer_state)
             run.folder.forget_token_budget()
             shutil.rmtree(run.folder.best_before, ignore_errors=True)
@@ -329,183 +363,6 @@ def save(run: Run) -> None:
             run.folder.set_status("running", run.state.step)
     run.accelerator.wait_for_everyone()
     run.state.seconds["save"] += time.perf_counter() - started
-
-
-# Entries of trainer_state.json → their types.
-SAVED: dict[str, Any] = {
-    "state": dict,
-    "optimizer_values": dict,
-    "scaler": dict | None,
-    "mathematics": dict,
-    "max_tokens_per_device": int,
-}
-
-
-def check_state(path: Path, saved: dict[str, Any]) -> None:
-    """See that the state of a checkpoint is one that this version can go on from.
-
-    Raises:
-        RunFolderError: it is not.
-    """
-    strange = [name for name, kind in SAVED.items() if not isinstance(saved.get(name, ...), kind)]
-    if "state" not in strange:
-        strange += sorted(set(saved["state"]) - {entry.name for entry in fields(TrainerState)})
-        strange += [] if isinstance(saved["state"].get("step"), int) else ["step"]
-    if strange:
-        raise RunFolderError(
-            f"{path}: this version cannot go on from what trainer_state.json says of {', '.join(strange)}; use another checkpoint"
-        )
-
-
-def restore(run: Run, path: Path, allow_changed: Sequence[str], *, keep_token_budget: bool) -> None:
-    """Continue from a checkpoint: weights, optimizer, schedule, scaler and state are those of the saved step.
-
-    Raises:
-        RunFolderError: the checkpoint is damaged, or of another recipe or other data than the run's.
-    """
-    weights, tensors, saved = checkpoint.load_checkpoint(path)
-    check_state(path, saved)
-    now_in_force = mathematics(run.inputs)
-    known = [*flat(saved["mathematics"]), *flat(now_in_force)]
-    for allowed in allow_changed:
-        if not any(key == allowed or key.startswith(f"{allowed}.") for key in known):
-            raise RunFolderError(
-                f"--allow_changed {allowed}: there is no such key; name one such as training.learning_rate"
-            )
-    changed = [
-        (key, before, now)
-        for key, before, now in differences(saved["mathematics"], now_in_force)
-        if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in allow_changed)
-    ]
-    if changed:
-        raise RunFolderError(
-            f"{path} was trained otherwise:\n{in_groups(changed, 'in the checkpoint', 'now')}\n"
-            "Restore these values, start afresh in another --output_dir, or name each with --allow_changed KEY"
-        )
-    shapes = {name: weight.shape for name, weight in run.inputs.model.state_dict().items()}
-    if {name: weight.shape for name, weight in weights.items()} != shapes:
-        raise RunFolderError(f"{path}: model.safetensors holds the weights of another model; use another checkpoint")
-    run.inputs.model.load_state_dict(weights)
-    load_state_by_name(_inner(run.optimizer), run.inputs.model, tensors, saved["optimizer_values"])
-    # Rates are a function of the step and of the recipe as it is now: what was allowed to change takes effect.
-    step = saved["state"]["step"]
-    rates = [base * at(step) for base, at in zip(run.scheduler.base_lrs, run.scheduler.lr_lambdas, strict=True)]
-    moved = {"last_epoch": step, "_step_count": step + 1, "_last_lr": rates}
-    run.scheduler.load_state_dict({**run.scheduler.state_dict(), **moved})
-    for group, rate in zip(_inner(run.optimizer).param_groups, rates, strict=True):
-        group["lr"] = rate
-    if run.accelerator.scaler is not None and saved["scaler"] is not None:
-        run.accelerator.scaler.load_state_dict(saved["scaler"])
-    run.state = TrainerState(**saved["state"])
-    if keep_token_budget:  # the same micro-batches add up in the same order, to the same bits; but a smaller device
-        run.max_tokens = min(run.max_tokens, saved["max_tokens_per_device"])  # must not take a larger one's
-        if run.max_tokens < saved["max_tokens_per_device"]:
-            logger.info(
-                "note: micro-batches of %d tokens, not %d as before: rounding differs. --max_tokens_per_device %d repeats it",
-                *(run.max_tokens, saved["max_tokens_per_device"], saved["max_tokens_per_device"]),
-            )
-
-
-def continue_run(run: Run, path: Path | None, allow_changed: Sequence[str], *, keep_token_budget: bool) -> None:
-    """Restore the checkpoint at `path`, or the newest sound one; start afresh if there is none.
-
-    Args:
-        run: prepared, not started.
-        path: a checkpoint, or None.
-        allow_changed: keys of the mathematics that may differ from the checkpoint's.
-        keep_token_budget: take the checkpoint's, because the command line gives none.
-
-    Raises:
-        RunFolderError: the checkpoint is damaged, or of another recipe or other data than the run's.
-    """
-    complaints: list[str] = []
-    if path is None:
-        path, complaints = checkpoint.newest_sound(run.folder.checkpoints)
-    for complaint in complaints:
-        logger.warning("%s", complaint)
-    with hardware.together(run.accelerator):
-        if path is None and complaints:
-            raise RunFolderError(
-                f"{run.folder.checkpoints}: none of the checkpoints can be gone on from; bring one back, use the version that "
-                "wrote them, or start afresh in another --output_dir"
-            )
-        if path is not None:
-            restore(run, path, allow_changed, keep_token_budget=keep_token_budget)
-    if keep_token_budget:  # and what a process out of memory asked for
-        run.max_tokens = min(gather_object([min(run.max_tokens, run.folder.token_budget() or run.max_tokens)]))
-    steps = gather_object([run.state.step])
-    if len(set(steps)) > 1:
-        raise RunFolderError(
-            f"{run.folder.path}: the processes see checkpoints of different steps ({', '.join(map(str, steps))}); "
-            "--output_dir must lie on storage that all machines share"
-        )
-    with hardware.together(run.accelerator):
-        if run.is_main:  # before anything that they refer to is changed: whoever is killed now goes on from here again
-            checkpoint.abandon_later(run.folder.checkpoints, run.state.step)
-    settle_best(run)
-    if path is None:
-        logger.info("no checkpoint in %s: starting from the beginning", run.folder.path)
-    else:
-        logger.info("continuing from %s, step %d of %d", path, run.state.step, run.plan.total_steps)
-    with hardware.together(run.accelerator):
-        if run.is_main:
-            run.folder.cut_metrics(run.state.step, run.state.evaluated_step)
-    run.accelerator.wait_for_everyone()
-
-
-def fail_not_finite(run: Run, step: int, remedy: str) -> NoReturn:
-    """End a run whose loss or gradient is no number any more, with the rows of that step in a file. On every process.
-
-    Args:
-        run: at that step, or some steps after it.
-        step: counted from 1.
-        remedy: what often helps.
-
-    Raises:
-        TrainingFailed: always; what was saved is kept.
-    """
-    rows, _ = run.feed.divide(step - 1, run.max_tokens)
-    if run.is_main:
-        split = run.inputs.splits["train"]
-        named = artifacts.named_rows(split, run.inputs.recipe.dataset, rows, run.inputs.label_names)
-        write_json(run.folder.not_finite, {"step": step, "epoch": run.plan.epoch(step), "rows": named})
-    saved = checkpoint.checkpoints(run.folder.checkpoints)
-    raise TrainingFailed(
-        f"the loss or the gradient of step {step} is not finite (NaN or infinite); the rows of that global batch are in "
-        f"{run.folder.not_finite}. {remedy} "
-        + (
-            f"The checkpoint of step {saved[-1][0]} is kept: --resume training.learning_rate=… --allow_changed "
-            "training.learning_rate goes on from it at another rate"
-            if saved
-            else "No checkpoint was saved yet: start afresh in another --output_dir"
-        )
-    )
-
-
-def halve_token_budget(run: Run, error: OutOfMemory) -> None:
-    """Answer to a micro-batch that does not fit: a process alone goes on with half the budget, several start again with it.
-
-    Raises:
-        OutOfMemory: one example alone does not fit; or there are other processes, which wait in a collective by now, so
-            that this one can only end and leave the halved budget for `--resume`.
-    """
-    if error.examples == 1:
-        raise OutOfMemory(
-            f"{error}: even single examples do not fit; shorten dataset.max_length, or use --gradient_checkpointing, a smaller "
-            "checkpoint or a larger device. The last checkpoint is kept"
-        ) from error
-    run.max_tokens = smaller_budget(run.max_tokens, error.tokens)
-    if run.accelerator.num_processes == 1:
-        logger.warning("out of memory: going on with micro-batches of %d tokens (%s)", run.max_tokens, str(error))
-        return
-    ended = OutOfMemory(
-        f"{error}: process {run.accelerator.process_index} of {run.accelerator.num_processes} is out of memory; run the same "
-        "line again with --resume (and without --max_tokens_per_device), and it goes on with micro-batches of "
-        f"{run.max_tokens} tokens"
-    )
-    with suppress(RunFolderError):  # a full disk is not what ends the run
-        run.folder.set_token_budget(run.max_tokens)
-    raise ended from error
 
 
 def throughput(run: Run) -> dict[str, Any]:
@@ -533,5 +390,6 @@ def throughput(run: Run) -> dict[str, Any]:
     }
 
 
-def _inner(optimizer: Optimizer) -> Optimizer:
+def inner_optimizer(optimizer: Optimizer) -> Optimizer:
+    """The optimizer itself, without Accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)

@@ -4,7 +4,7 @@ recipe.yaml  run.json  status.json  metrics.jsonl  results.json
 token_budget.json (from an out-of-memory of one of several processes to the next checkpoint)
 not_finite.json (after a loss that was no number, until the run goes on)
 checkpoints/  best/  model/  predictions/
-.lock (held while a run is going on)
+.lock .launch (held, and whose it is, while a run is going on)
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
@@ -37,6 +39,8 @@ from accel_trainer.writing import damage, replaced, sweep
 
 State = Literal["running", "done", "interrupted", "failed"]
 LET_GO = 10.0  # seconds that a resumed run waits for one that is being stopped
+# Seconds that one waits which a scheduler started again: a file server holds the lock of a machine that died for it (90, NFS 4).
+LET_GO_OF_A_MACHINE = 120.0
 LAST_WORDS = 2.0  # seconds that a process waits for the one it lost to tell why
 
 logger = logging.getLogger("accel_trainer")
@@ -88,6 +92,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.is_shared = True  # whether this process sees what the main process writes; asked for when they have met
         self.recipe = path / "recipe.yaml"
         self.run = path / "run.json"
         self.metrics = path / "metrics.jsonl"
@@ -102,11 +107,30 @@ class RunFolder:
         self.not_finite = path / "not_finite.json"
         # Of the system alone: nobody would release another kind that a killed process left.
         self._lock = FileLock(path / ".lock", fallback_to_soft=False)
+        self._holder = path / ".launch"
+        self._launch: str | None = None  # a name of this launch, while it holds the folder
 
     @property
     def holds_a_run(self) -> bool:
         """Whether a run got as far here as to leave something worth keeping."""
         return any(path.exists() for path in (self.metrics, self.checkpoints, self.best, self.model))
+
+    @contextmanager
+    def marked(self, mark: str) -> Iterator[None]:
+        """Let a mark lie in the folder while the block lasts, which `sees` finds on machines that share its storage."""
+        path = self._mark(mark)
+        path.touch()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+    def sees(self, mark: str) -> bool:
+        """Whether a mark lies in the folder."""
+        return self._mark(mark).exists()
+
+    def _mark(self, mark: str) -> Path:
+        return self.path / f".{mark}.writing"  # which the next start sweeps away, should this process be killed
 
     @contextmanager
     def locked(self, patience: float = 0.0) -> Iterator[None]:
@@ -136,6 +160,40 @@ class RunFolder:
             yield
         finally:
             self._lock.release()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Have the folder know this launch while the block lasts, so that no later one is written over.
+
+        A machine that stands still for so long that the file server gives its lock to another launch may wake up.
+        """
+        self._launch = uuid4().hex
+        write_text(self._holder, self._launch)
+        try:
+            yield
+        finally:
+            if self.is_held:
+                self._holder.unlink(missing_ok=True)
+            self._launch = None
+
+    @property
+    def is_held(self) -> bool:
+        """Whether no later launch has taken the folder over."""
+        try:
+            return self._launch is None or self._holder.read_text(encoding="utf-8") == self._launch
+        except OSError:
+            return False
+
+    def check_held(self) -> None:
+        """See that no later launch has taken the folder over.
+
+        Raises:
+            TrainingFailed: one has.
+        """
+        if not self.is_held:
+            raise TrainingFailed(
+                f"{self.path}: another launch has taken the run over while this one stood still; it goes on"
+            )
 
     def status(self) -> dict[str, Any]:
         """What status.json says; empty if there is none or it cannot be read."""
@@ -170,6 +228,8 @@ class RunFolder:
 
     def set_status(self, state: State, step: int, exit_code: int | None = None, reason: str | None = None) -> None:
         """Say how the run stands, for whoever watches it from outside."""
+        if not self.is_held:
+            return  # it is about another launch by now
         told = None if reason is None else without_secrets(reason)
         write_json(self._status, {"state": state, "exit_code": exit_code, "step": step, "reason": told})
 
@@ -210,7 +270,13 @@ class RunFolder:
                     self.set_status("failed", told.get("step") or 0, error.exit_code, str(error))
 
     def append_metrics(self, line: dict[str, Any]) -> None:
-        """Add a line to metrics.jsonl."""
+        """Add a line to metrics.jsonl.
+
+        Raises:
+            RunFolderError: the disk is full.
+            TrainingFailed: another launch has taken the folder over.
+        """
+        self.check_held()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with self.metrics.open("a", encoding="utf-8") as file:
@@ -258,7 +324,11 @@ def opened(folder: RunFolder, *, resume: bool) -> Iterator[None]:
             cannot be written.
     """
     # A launch that was asked to stop may still be saving when the next one is submitted.
-    with folder.locked(patience=LET_GO if resume else 0.0):
+    started_again = any(
+        int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    )
+    patience = LET_GO_OF_A_MACHINE if started_again else LET_GO
+    with folder.locked(patience if resume else 0.0):
         if folder.holds_a_run and not resume:
             state = folder.status().get("state", "unknown")
             state = "killed" if state == "running" else state  # nobody holds the lock
@@ -275,7 +345,8 @@ def opened(folder: RunFolder, *, resume: bool) -> Iterator[None]:
             folder.forget_token_budget()
         folder.not_finite.unlink(missing_ok=True)
         sweep(folder.path, folder.checkpoints, folder.predictions)
-        yield
+        with folder.held():
+            yield
 
 
 class Watch:
@@ -295,10 +366,12 @@ def watched(folder: RunFolder, is_main_process: bool) -> Iterator[Watch]:
     Raises:
         Interrupted, TrainingFailed: in the place of `ProcessLost`, where the other process told why it went.
     """
-    watch = Watch(folder.status().get("step") or 0)  # of the run that is resumed, until its checkpoint is read
+    has_status = is_main_process or folder.is_shared
+    # Of the run that is resumed, until its checkpoint is read.
+    watch = Watch(folder.status().get("step") or 0 if has_status else 0)
 
     def report(state: State, code: int | None = None, reason: str | None = None) -> None:
-        if is_main_process or folder.status().get("state") == "running":
+        if is_main_process or (folder.is_shared and folder.status().get("state") == "running"):
             folder.set_status(state, watch.steps_done(), code, reason)
 
     with handling(
@@ -310,13 +383,13 @@ def watched(folder: RunFolder, is_main_process: bool) -> Iterator[Watch]:
             yield watch
         except BaseException as error:
             ended = error
-            if isinstance(error, ProcessLost):
+            if isinstance(error, ProcessLost) and has_status:
                 told = _last_words(folder)
                 if told.get("state") == "interrupted":
                     ended = Interrupted(told["reason"])
                 elif told.get("state") == "failed":
                     ended = TrainingFailed(told["reason"])
-            elif isinstance(error, Interrupted) and folder.status().get("state") == "failed":
+            elif isinstance(error, Interrupted) and has_status and folder.status().get("state") == "failed":
                 raise  # another process failed, and the launcher ended this one
             if isinstance(ended, Interrupted):
                 report("interrupted", ended.exit_code, str(ended))

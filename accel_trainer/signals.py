@@ -76,7 +76,7 @@ def interrupted_by_signals(*, resumable: bool = True) -> Iterator[None]:
         raise Interrupted(
             "interrupted; run the same line again"
             + " with --resume" * resumable
-            + " (a launcher also interrupts when another process has died: it says so below)" * many
+            + " (if another process died, it is named below)" * many
         ) from stop
 
 

@@ -15,7 +15,7 @@ import torch
 from accel_trainer import checkpoint
 from accel_trainer.errors import RunFolderError
 from accel_trainer.evaluation import predict_logits
-from accel_trainer.run import Run
+from accel_trainer.run import Run, shapes_of
 from accel_trainer.tokenization import Tokens
 from accel_trainer.train import GradientOverflow, add_gradients, apply_gradients
 
@@ -77,7 +77,8 @@ def measure_evaluation(run: Run, tokens: Tokens) -> float:
     """Seconds for each token of the first rows, about a micro-batch of them."""
     count = max(1, int(np.searchsorted(tokens.lengths.cumsum(), run.max_tokens)))
     first = replace(tokens, lengths=tokens.lengths[:count])
-    seconds = timed(run, lambda: predict_logits(run.accelerator, run.model, first, run.max_tokens, packed=run.packed))
+    asked, shapes = (run.accelerator, run.model, first, run.max_tokens), shapes_of(run, first)
+    seconds = timed(run, lambda: predict_logits(*asked, packed=run.packed, shapes=shapes))
     return seconds / int(first.lengths.sum())
 
 

@@ -121,13 +121,22 @@ def _read_file(address: str, encoding: str | None) -> datasets.Dataset:
     file = _located(address)
     with _reading(file.name, file.format, file.compression):
         prepared = _prepared(file, encoding if file.format in TEXT_FORMATS.values() else None)
+    return open_prepared(prepared, file.name)
+
+
+def open_prepared(prepared: Path, name: str) -> datasets.Dataset:
+    """The rows of a prepared file, by the name of what it was made from.
+
+    Raises:
+        DataError: it is damaged, or holds what `datasets` does not know.
+    """
     try:
         return datasets.Dataset.from_file(str(prepared))
     except pa.ArrowInvalid as error:
-        raise DataError(f"{prepared}: this prepared copy of {file.name} is damaged ({error}); delete it") from error
+        raise DataError(f"{prepared}: this prepared copy of {name} is damaged ({error}); delete it") from error
     except (ValueError, TypeError, KeyError, NotImplementedError) as error:
         raise DataError(
-            f"{file.name}: a column has a type that `datasets` cannot hold ({error}); save it as text, numbers or lists"
+            f"{name}: a column has a type that `datasets` cannot hold ({error}); save it as text, numbers or lists"
         ) from error
 
 
@@ -177,10 +186,20 @@ def _reading(name: str, *kind: str | None) -> Iterator[None]:
                 f"{name}: it cannot be read into the cache {datasets.config.HF_DATASETS_CACHE} ({error}); "
                 "make room there, or set HF_HOME to a folder on another disk"
             ) from error
-        raise DataError(
-            f"{name}: the file is damaged, cut off, or no {' '.join(filter(None, kind))} file as its name says ({error}); "
-            "write it again, or rename it after its real format"
-        ) from error
+        raise damaged(name, " ".join(filter(None, kind)), error) from error
+
+
+def damaged(name: object, kind: str, error: Exception) -> DataError:
+    """What to say of a file that a decoder refused."""
+    return DataError(
+        f"{name}: the file is damaged, cut off, or no {kind} file as its name says ({error}); write it again, or rename it "
+        "after its real format"
+    )
+
+
+def prepared_folder() -> Path:
+    """Where prepared files lie."""
+    return Path(datasets.config.HF_DATASETS_CACHE, "accel_trainer")
 
 
 def _prepared(file: DataFile, encoding: str | None) -> Path:
@@ -191,7 +210,7 @@ def _prepared(file: DataFile, encoding: str | None) -> Path:
     with file.path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256")
     digest.update(f"\0{READER}\0{file.format}\0{file.compression}\0{encoding}".encode())
-    folder = Path(datasets.config.HF_DATASETS_CACHE, "accel_trainer")
+    folder = prepared_folder()
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{digest.hexdigest()}.arrow"
     if target.exists():

@@ -25,6 +25,7 @@ from accel_trainer import batching
 from accel_trainer.errors import CannotLoad, DataError, UserError
 from accel_trainer.packing import Packing
 from accel_trainer.recipe import ModelSection, TokenizerTraining
+from accel_trainer.shapes import Shape, choose_shapes
 
 TOKENS_FORMAT = 1  # part of the cache key; raised when the columns of the token cache change
 # Families whose position ids start one past the padding id, so that they have fewer positions than their config says.
@@ -195,14 +196,26 @@ class Tokens:
         rounded: npt.NDArray[np.int64] = few[np.searchsorted(few, self.lengths)]
         return rounded
 
+    @cached_property
+    def _shapes(self) -> dict[tuple[int, int, int], list[Shape]]:
+        """What `shapes` has answered."""
+        return {}
+
+    def shapes(self, batch_size: int, num_processes: int, max_tokens: int) -> list[Shape]:
+        """The few shapes that rows, so many of them together, are computed in: `choose_shapes`, asked once."""
+        asked = (batch_size, num_processes, max_tokens)
+        if asked not in self._shapes:
+            self._shapes[asked] = choose_shapes(self.lengths, *asked)
+        return self._shapes[asked]
+
     def costs(self, *, packed: bool) -> npt.NDArray[np.int64]:
         """What each row takes of a token budget, (rows,)."""
         return self.lengths if packed else self.padded_lengths
 
-    def batch(self, rows: npt.NDArray[np.int64], *, packed: bool) -> Batch:
-        """Model inputs of some rows in one of the two layouts."""
+    def batch(self, rows: npt.NDArray[np.int64], *, packed: bool, length: int | None = None) -> Batch:
+        """Model inputs of some rows in one of the two layouts; padded to a length, if one is given."""
         if not packed:
-            return Batch(self.inputs(rows, int(self.padded_lengths[rows].max())), None)
+            return Batch(self.inputs(rows, length or int(self.padded_lengths[rows].max())), None)
         row = {name: np.concatenate([column[int(i)] for i in rows]) for name, column in self.columns.items()}
         inputs = {name: torch.from_numpy(tokens.astype(np.int64)).unsqueeze(0) for name, tokens in row.items()}
         return Batch(inputs, Packing.of(self.lengths[rows]))

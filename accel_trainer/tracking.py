@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import datasets
@@ -22,10 +25,15 @@ from accel_trainer.terminal import Style, aligned, styled
 logger = logging.getLogger("accel_trainer")
 
 
+_quiet = threading.local()  # torch_xla may start processes of a run as threads of one
+
+
 class _ThroughTheBar(logging.Handler):
     """Writes messages above a progress bar instead of into it."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno < getattr(_quiet, "below", logging.INFO):
+            return
         style: Style = "yellow" if record.levelno >= logging.WARNING else ""
         tqdm.write(styled(without_secrets(self.format(record)), style, stderr=True), file=sys.stderr)
 
@@ -34,7 +42,19 @@ def speak_on(main_process: bool) -> None:
     """Let the main process say what it does, and the others only what is wrong."""
     logger.handlers = [_ThroughTheBar()]
     logger.propagate = False
-    logger.setLevel(logging.INFO if main_process else logging.ERROR)
+    logger.setLevel(logging.INFO)
+    _quiet.below = logging.INFO if main_process else logging.ERROR
+
+
+@contextmanager
+def heard() -> Iterator[None]:
+    """Let this process warn in the block, whichever it is, of what it alone knows."""
+    before = getattr(_quiet, "below", logging.INFO)
+    _quiet.below = min(before, logging.WARNING)
+    try:
+        yield
+    finally:
+        _quiet.below = before
 
 
 def quieten_libraries() -> None:

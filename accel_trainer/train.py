@@ -9,27 +9,21 @@ the hardware. How a global batch is cut into micro-batches is decided here, and 
 
 from __future__ import annotations
 
-import argparse
 import math
-import os
-import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
-from safetensors.torch import load_file
 
-from accel_trainer import artifacts, hardware, metrics, rehearsal
+from accel_trainer import collectives, device_memory, hardware, metrics, rehearsal, xla
 from accel_trainer.callable_module import make_callable
-from accel_trainer.command_line import Parser
-from accel_trainer.data import Split
+from accel_trainer.device_memory import out_of_memory_named
+from accel_trainer.endings import ended_together, fail_not_finite, halve_token_budget, stopped
 from accel_trainer.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -37,72 +31,29 @@ from accel_trainer.errors import (
     Interrupted,
     OutOfMemory,
     ProcessLost,
-    RunFolderError,
     TrainingFailed,
     UserError,
 )
-from accel_trainer.evaluation import Logits, predict_logits
 from accel_trainer.feed import LoadedMicroBatch
-from accel_trainer.hardware import lost_processes_named, out_of_memory_named
-from accel_trainer.inputs import Inputs, read_inputs_together
+from accel_trainer.finishing import finish, show
 from accel_trainer.loss import Tally, example_losses
+from accel_trainer.opening import prepared_run
 from accel_trainer.optim import clip_gradients
 from accel_trainer.origin import Origin, origin_of
 from accel_trainer.recipe import Recipe
 from accel_trainer.recipe_file import load_recipe
 from accel_trainer.redaction import without_secrets
-from accel_trainer.run import (
-    Run,
-    StepStatistics,
-    continue_run,
-    fail_not_finite,
-    halve_token_budget,
-    prepare,
-    record,
-    save,
-    throughput,
-    write_best,
-    write_model,
-    write_run_json,
-)
-from accel_trainer.run_folder import RunFolder, opened, watched, write_json
-from accel_trainer.signals import StopRequest, handling, ignore_stop_signals, interrupted_by_signals
+from accel_trainer.resuming import continue_run
+from accel_trainer.run import Run, StepStatistics, record, save, write_best
+from accel_trainer.run_folder import RunFolder, opened
+from accel_trainer.scoring import logits_of, score
+from accel_trainer.sharding import is_sharded
+from accel_trainer.signals import StopRequest, ignore_stop_signals, interrupted_by_signals
 from accel_trainer.terminal import complain, write_any_text
-from accel_trainer.tracking import Progress, close_trackers, logger, print_scores, quieten_libraries, speak_on
+from accel_trainer.tracking import Progress, logger, speak_on
+from accel_trainer.train_options import Options, parse_arguments
 
-SCORED = ("validation", "test")  # at the end, in this order
-LAYOUTS = ("auto", "packed", "padded")
 SLOWER = "A smaller training.learning_rate, a warm-up or training.max_grad_norm often helps."
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the command line decides: where, how far at once, and nothing that a gradient depends on."""
-
-    output_dir: Path
-    resume: bool = False
-    resume_from_checkpoint: Path | None = None
-    allow_changed: Sequence[str] = ()
-    max_tokens_per_device: int | None = None
-    layout: str = "auto"
-    gradient_checkpointing: bool = False
-    stop_after: int | None = None
-    ddp_timeout: int = hardware.TIMEOUT
-    dry_run: bool = False
-    trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        if self.layout not in LAYOUTS:
-            raise UserError(f"--layout {self.layout}: choose from {', '.join(LAYOUTS)}")
-        if not self.output_dir.name:
-            raise UserError(f"--output_dir {self.output_dir}: name a folder for the run")
-        if self.dry_run and (self.resumes or self.stop_after is not None):
-            raise UserError("--dry_run: it takes steps of its own; leave --resume and --stop_after out")
-
-    @property
-    def resumes(self) -> bool:
-        """Whether the run goes on from a checkpoint, if there is one."""
-        return self.resume or self.resume_from_checkpoint is not None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -113,20 +64,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = parse_arguments(argv)
     # Every process meets the same mistakes; one of them says so.
-    is_first = os.environ.get("RANK", "0") == "0"
+    is_first = collectives.is_first_process()
     write_any_text()
     speak_on(is_first)
     options = {name: value for name, value in vars(arguments).items() if name not in ("recipe", "overrides")}
     try:
         with interrupted_by_signals():
-            train_recipe(origin_of(arguments.recipe, arguments.overrides), **options)
+            with hardware.told_to_other_machines(arguments.ddp_timeout):
+                origin = origin_of(arguments.recipe, arguments.overrides)
+            train_recipe(origin, **options)
     except AccelTrainerError as error:
-        if is_first or isinstance(error, OutOfMemory | ProcessLost):  # which not every process knows of
+        is_told = isinstance(error, UserError) and error.is_told
+        is_own = isinstance(error, OutOfMemory | ProcessLost)  # which not every process knows of
+        if (is_first and not is_told) or is_own:
             complain(error)
-        return error.exit_code
+        return xla.end_function(error.exit_code)
     except Exception:
         print(without_secrets(traceback.format_exc()), file=sys.stderr, flush=True)
-        return EXIT_FAILED
+        return xla.end_function(EXIT_FAILED)
     return EXIT_DONE
 
 
@@ -140,9 +95,11 @@ def train_recipe(origin: Origin, output_dir: Path | None = None, **options: Any)
     """
     chosen = Options((output_dir or Path("runs") / origin.name).expanduser().absolute(), **options)
     try:
-        return train(load_recipe(origin.path, origin.overrides), chosen, origin)
+        with hardware.told_to_other_machines(chosen.ddp_timeout):
+            recipe = load_recipe(origin.path, origin.overrides)
+        return train(recipe, chosen, origin)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0" and not chosen.dry_run:
+        if collectives.is_first_process() and not chosen.dry_run:
             RunFolder(chosen.output_dir).note_mistake(error, resume=chosen.resumes)
         raise
 
@@ -194,88 +151,9 @@ def rehearse(recipe: Recipe, options: Options) -> dict[str, Any]:
             fit(run, stop)
             results = finish(run, stop)
         if run.is_main:
-            peak = hardware.peak_memory(run.accelerator.device)
+            peak = device_memory.peak_memory(run.accelerator.device)
             rehearsal.show(results, first_time, rehearsal.losses(folder), peak)
     return results
-
-
-@contextmanager
-def prepared_run(
-    recipe: Recipe,
-    options: Options,
-    folder: RunFolder,
-    opening: AbstractContextManager[None],
-    origin: Origin | None = None,
-    shorten: Callable[[Inputs], Inputs] = lambda inputs: inputs,
-) -> Iterator[Run]:
-    """A run on its hardware, ready for its next step; status.json is true whatever becomes of it in the block.
-
-    Args:
-        recipe: resolved.
-        options: of the launch.
-        folder: of the run.
-        opening: what the main process does with the folder before anything is written there, and after everything was.
-        origin: where the recipe stands.
-        shorten: what is taken of the inputs.
-
-    Raises:
-        UserError, Interrupted, TrainingFailed: as `train`.
-    """
-    accelerator = hardware.start_accelerator(recipe.tracking.report_to, folder.path, options.ddp_timeout)
-    speak_on(accelerator.is_main_process)
-    quieten_libraries()
-    with ExitStack() as around:
-        with lost_processes_named(accelerator), hardware.together(accelerator):
-            if accelerator.is_main_process:
-                around.enter_context(opening)
-        watch = around.enter_context(watched(folder, accelerator.is_main_process))
-        around.enter_context(interrupted_by_signals())
-        around.enter_context(lost_processes_named(accelerator))
-        inputs = read_inputs_together(accelerator, recipe, trust_remote_code=options.trust_remote_code)
-        for note in inputs.notes:
-            logger.info("note: %s", note)
-        run = prepare(
-            accelerator,
-            shorten(inputs),
-            folder,
-            layout=options.layout,
-            max_tokens_per_device=options.max_tokens_per_device,
-            gradient_checkpointing=options.gradient_checkpointing,
-        )
-        if options.resumes:
-            continue_run(
-                run,
-                options.resume_from_checkpoint,
-                options.allow_changed,
-                keep_token_budget=options.max_tokens_per_device is None,
-            )
-        if options.stop_after is not None and options.stop_after <= run.state.step:
-            raise UserError(
-                f"--stop_after {options.stop_after}: the run is at step {run.state.step}; give a later step"
-            )
-        write_run_json(run, origin)
-        watch.steps_done = lambda: run.state.step
-        yield run
-
-
-@contextmanager
-def ended_together(run: Run) -> Iterator[StopRequest]:
-    """Note requests to stop while the block lasts. At its end, or interrupted on every process, all of them leave together.
-
-    A launcher ends the other processes as soon as one has ended.
-    """
-    with StopRequest() as stop:
-        interrupted = None
-        try:
-            yield stop
-        except Interrupted as error:
-            interrupted = error
-        with handling(signal.SIG_IGN):
-            close_trackers(run.accelerator)
-            run.accelerator.wait_for_everyone()
-            hardware.leave_process_group(run.accelerator)
-        if interrupted is not None:
-            raise interrupted
 
 
 def fit(run: Run, stop: StopRequest, until: int | None = None) -> None:
@@ -302,12 +180,13 @@ def fit(run: Run, stop: StopRequest, until: int | None = None) -> None:
                 continue  # the same step again, with a smaller scale
             except OutOfMemory as error:
                 halve_token_budget(run, error)
-                run.optimizer.zero_grad()
+                clear_gradients(run)
                 continue  # the same step again, in smaller micro-batches
             except NotFinite as error:
                 fail_not_finite(run, state.step + 1, remedy=str(error))
             state.add(done)
             tally.add(state.step, done.loss_sum, done.grad_norm)
+            xla.end_graph(run.accelerator.device)
 
             asked = stop.agreed(run.accelerator, now=state.step == plan.total_steps)
             ends_here = state.step == until
@@ -355,11 +234,6 @@ def evaluate_and_save(run: Run, stop: StopRequest, *, asked: bool = False, ends_
         raise stopped(run)
 
 
-def stopped(run: Run) -> Interrupted:
-    """What to say of a run that ends before its end."""
-    return Interrupted(f"interrupted after step {run.state.step} of {run.plan.total_steps}; continue with --resume")
-
-
 def training_step(run: Run, step: int) -> StepStatistics:
     """Perform optimizer step `step` (counted from 0): one global batch, one update, one move of the schedule.
 
@@ -392,17 +266,20 @@ def add_gradients(run: Run, micro_batches: Sequence[LoadedMicroBatch], global_ba
     """
     accelerator, smoothing = run.accelerator, run.inputs.recipe.training.label_smoothing_factor
     loss_sum = torch.zeros((), device=accelerator.device)
+    xla.end_graph(accelerator.device)
     for i, loaded in enumerate(micro_batches):
         is_last = i == len(micro_batches) - 1
         named = out_of_memory_named(len(loaded.labels), loaded.batch.num_positions)
-        with named, nullcontext() if is_last else accelerator.no_sync(run.model):
+        # In shares each gradient goes to those who hold them at once: put off, all of it would lie whole on every process.
+        with named, nullcontext() if is_last or is_sharded(run.model) else accelerator.no_sync(run.model):
             here = loaded.on(accelerator.device)
             logits = run.model(here.batch.inputs, here.example_keys, here.batch.packing)
-            losses = example_losses(logits, here.labels, smoothing) * here.weight
+            losses = example_losses(logits, here.labels, smoothing) * here.weights
             # The one place that scales the loss: DDP and FSDP average gradients over processes, so that multiplying by
             # their number makes this the sum over the global batch divided by its true size, the last batch's too.
             accelerator.backward(losses.sum() * (accelerator.num_processes / global_batch_size))
-        loss_sum = loss_sum + losses.detach().sum()
+            loss_sum = loss_sum + losses.detach().sum()
+            xla.end_graph(accelerator.device)  # where a full memory shows
     return loss_sum
 
 
@@ -426,6 +303,7 @@ def apply_gradients(run: Run) -> torch.Tensor:
             if accelerator.device.type == "cpu" and accelerator.scaler is None and not math.isfinite(grad_norm):
                 raise NotFinite(SLOWER)
             update(run)
+            xla.end_graph(accelerator.device)
     except OutOfMemory as error:  # not repeated: some weights may have moved, and no micro-batch is too large
         raise TrainingFailed(
             f"{error}: the optimizer's state does not fit; use a smaller checkpoint or a larger device. "
@@ -455,7 +333,7 @@ def update(run: Run) -> None:
     # tells, which falls when and only when a step was skipped.
     scale = None if scaler is None else scaler.get_scale()
     run.optimizer.step()
-    run.optimizer.zero_grad()
+    clear_gradients(run)
     if scaler is None or scale is None or scaler.get_scale() >= scale:
         return
     if scaler.get_scale() < 1:
@@ -463,6 +341,11 @@ def update(run: Run) -> None:
             f"It is so in fp16 at any scale: bf16 or float32 (mixed_precision in the accelerate config) may help. {SLOWER}"
         )
     raise GradientOverflow
+
+
+def clear_gradients(run: Run) -> None:
+    """Begin a gradient afresh. On XLA it becomes zero instead of none: to add to none would be another graph."""
+    run.optimizer.zero_grad(set_to_none=not xla.computes_on(run.accelerator.device))
 
 
 def log(run: Run, done: StepStatistics, progress: Progress) -> None:
@@ -513,151 +396,8 @@ def evaluate_during_training(run: Run, stop: StopRequest) -> None:
     state.seconds["evaluate"] += time.perf_counter() - started
 
 
-def logits_of(run: Run, split: Split, stop: StopRequest) -> Logits:
-    """Logits of a split, in smaller micro-batches if they do not fit; the same on every process.
-
-    Raises:
-        Interrupted: a signal came.
-    """
-    while True:
-        try:
-            return predict_logits(
-                run.accelerator,
-                run.model,
-                split.tokens,
-                run.max_tokens,
-                packed=run.packed,
-                between=stop.between(run.accelerator),
-            )
-        except OutOfMemory as error:
-            halve_token_budget(run, error)
-
-
-def score(run: Run, split: Split, logits: Logits) -> dict[str, float]:
-    """The recipe's metrics and the plain loss of a labelled split; the main process's numbers on all, which decide by them."""
-    average = run.inputs.recipe.evaluation.average
-    computed = metrics.compute_metrics(run.inputs.metrics, logits, split.rows.labels, average=average)
-    return gather_object([computed])[0]  # type: ignore[no-any-return]
-
-
-def finish(run: Run, stop: StopRequest) -> dict[str, Any]:
-    """Take the best weights if the recipe says so, score every split, and write what the run leaves.
-
-    Returns:
-        the contents of results.json.
-
-    Raises:
-        Interrupted: a signal came; a checkpoint of the last step is there.
-    """
-    unsaved = run.plan.save_every is None
-    last = {name: weight.clone() for name, weight in run.inputs.model.state_dict().items()} if unsaved else {}
-    step = take_best_weights(run)
-    try:
-        logits = {role: logits_of(run, run.inputs.splits[role], stop) for role in SCORED if role in run.inputs.splits}
-    except Interrupted:
-        if unsaved:
-            run.inputs.model.load_state_dict(last)
-            save(run)
-        raise
-    return write_results(run, step, logits)
-
-
-def take_best_weights(run: Run) -> int:
-    """Let the model have the best weights, if the recipe says so and there are any.
-
-    Returns:
-        the step of the weights that it has.
-
-    Raises:
-        RunFolderError: they are gone or damaged.
-    """
-    if not run.inputs.recipe.saving.load_best_model_at_end or run.state.best_step is None:
-        return run.state.step
-    with hardware.together(run.accelerator):
-        if run.folder.weights_step(run.folder.best) != run.state.best_step:
-            raise RunFolderError(
-                f"{run.folder.best}: the weights of step {run.state.best_step} are not there or damaged; bring them back, or set "
-                "saving.load_best_model_at_end=false, and run again with --resume"
-            )
-        run.inputs.model.load_state_dict(load_file(run.folder.best / "model.safetensors"))
-    return run.state.best_step
-
-
-def write_results(run: Run, step: int, logits: dict[str, Logits]) -> dict[str, Any]:
-    """Score the splits; write predictions, model and results.json.
-
-    Args:
-        run: at its end.
-        step: of the model's weights.
-        logits: of every split, by role.
-
-    Returns:
-        the contents of results.json.
-    """
-    inputs = run.inputs
-    results: dict[str, Any] = {"train": throughput(run)}
-    scores: dict[str, dict[str, float]] = {}
-    for role, computed in logits.items():
-        split = inputs.splits[role]
-        if split.rows.is_labelled:
-            scores[role] = score(run, split, computed)
-            details = metrics.detailed_report(computed, split.rows.labels, inputs.label_names)
-            results[role] = {**scores[role], **details}
-        with hardware.together(run.accelerator):
-            if run.is_main:
-                records = artifacts.prediction_rows(split, inputs.recipe.dataset, computed, inputs.label_names)
-                run.folder.write_predictions(role, records)
-    write_model(run, run.folder.model, scores, step)
-    if run.is_main:
-        write_json(run.folder.results, results)
-    return results
-
-
-def show(run: Run, results: dict[str, Any]) -> None:
-    """Print what results.json holds, for people."""
-    if not run.is_main:
-        return
-    scored = {role: results[role] for role in SCORED if role in results}
-    for role, scores in scored.items():
-        print(f"\n{role}\n{metrics.classification_report(scores)}")
-    print_scores(
-        {role: {name: x for name, x in scores.items() if isinstance(x, float)} for role, scores in scored.items()}
-    )
-    print(f"\nrun: {run.folder.path}\nmodel: {run.folder.model}", flush=True)
-
-
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; what stands free after the recipe is an override."""
-    parser = Parser(
-        prog="accel_trainer.train",
-        description="Train a text classifier from a recipe.",
-        epilog="accelerate launch --config_file accelerate_configs/cpu.yaml -m accel_trainer.train recipes/quickstart.yaml",
-    )
-    add = parser.add_argument
-    add("recipe", help="path of a recipe, or its name in the library, such as imdb/distilbert")
-    add("overrides", nargs="*", metavar="section.key=value", help="values that replace the recipe's")
-    add("--output_dir", type=Path, help="folder of the run (default: runs/ and the recipe's name)")
-    add("--resume", action="store_true", help="continue from the newest checkpoint, or start if there is none")
-    add("--resume_from_checkpoint", type=Path, metavar="PATH", help="continue from this checkpoint")
-    add("--allow_changed", action="append", default=[], metavar="KEY", help="continue although this key has changed")
-    add("--stop_after", type=int, metavar="STEP", help="save and stop after this step, as a signal would")
-    add("--max_tokens_per_device", type=int, metavar="N", help="tokens per micro-batch, padding included")
-    add("--layout", choices=LAYOUTS, default="auto", help="packed: without padding, where possible")
-    add("--gradient_checkpointing", action="store_true", help="compute activations twice instead of keeping them")
-    add(
-        "--ddp_timeout", type=int, default=hardware.TIMEOUT, metavar="SECONDS",
-        help="how long processes wait for one that does not answer (default: %(default)s)",
-    )  # fmt: skip
-    add(
-        "--dry_run", action="store_true",
-        help="take two steps on the longest rows, with evaluation, save and resume, say how it went and leave nothing",
-    )  # fmt: skip
-    add("--trust_remote_code", action="store_true", help="run code that the checkpoint's repository holds")
-    return parser.parse_intermixed_args(argv)
-
-
 make_callable(__name__)  # `from accel_trainer import train` is a function
 
 if __name__ == "__main__":
     ignore_stop_signals()  # but for what listens to them
-    hardware.end_process(main())
+    collectives.end_process(main())

@@ -4,9 +4,9 @@ They are written beside their place, flushed to disk and renamed. A folder also 
 damage done later is recognised before anything in it is used. What a killed process leaves has a name of its own,
 hidden, which `sweep` knows:
 
-    .NAME.writing  .NAME.PID.writing    unfinished
-    .NAME.old                           the folder NAME, while another takes its place
-    .NAME.deleted                       a folder on its way out
+    .NAME.writing  .NAME.MACHINE-PID-WORD.writing   unfinished
+    .NAME.old                                       the folder NAME, while another takes its place
+    .NAME.deleted                                   a folder on its way out
 """
 
 from __future__ import annotations
@@ -15,11 +15,15 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
+import time
+import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path, PurePath
 
 from safetensors import SafetensorError, safe_open
@@ -29,6 +33,11 @@ from accel_trainer.errors import RunFolderError
 MANIFEST = "manifest.json"
 
 
+_UNFINISHED = re.compile(r"\.([0-9a-f]{8})-([0-9]{1,9})-[0-9a-f]{8}\.writing")
+_DAY = 86_400.0  # seconds; nobody writes one file for so long
+_NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # of a file system
+
+
 @contextmanager
 def replaced(final: Path) -> Iterator[Path]:
     """A path to write a file to, which takes the place of `final` when the block ends, whole, or not at all.
@@ -36,16 +45,11 @@ def replaced(final: Path) -> Iterator[Path]:
     Raises:
         OSError: the file cannot be written; `final` stays as it was.
     """
-    temporary = final.with_name(f".{final.name}.{os.getpid()}.writing")  # another process may be writing it too
-    try:
-        _make(final.parent)
+    with _beside(final) as temporary:
         yield temporary
         _flush(temporary)
         temporary.replace(final)
         _flush(final.parent)
-    finally:
-        with suppress(OSError):  # as a file where a folder should be; the block's own error says so
-            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -53,17 +57,75 @@ def created(final: Path) -> Iterator[Path]:
     """As `replaced`, for a file that is new: of all who want to make it, one does.
 
     Raises:
-        FileExistsError: it is there already.
+        FileExistsError: it is there by now.
         OSError: it cannot be written.
     """
-    _make(final.parent)
-    final.touch(exist_ok=False)  # the name is taken; the content follows at once
+    with _beside(final) as temporary:
+        yield temporary
+        _flush(temporary)
+        try:
+            os.link(temporary, final)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            final.touch(exist_ok=False)  # the name is taken; the content follows at once
+            try:
+                temporary.replace(final)
+            except BaseException:
+                final.unlink(missing_ok=True)
+                raise
+        _flush(final.parent)
+
+
+@contextmanager
+def _beside(final: Path) -> Iterator[Path]:
+    """A path beside `final`, where a file may be written; it is gone when the block ends."""
+    # Another process may be writing it too: on another machine, or in a container whose processes have the same numbers.
+    word = f"{_machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    temporary = final.with_name(f".{final.name}.{word}.writing")
     try:
-        with replaced(final) as temporary:
-            yield temporary
-    except BaseException:
-        final.unlink(missing_ok=True)
-        raise
+        _make(final.parent)
+        yield temporary
+    finally:
+        with suppress(OSError):  # as a file where a folder should be; the block's own error says so
+            temporary.unlink(missing_ok=True)
+
+
+@cache
+def _machine() -> str:
+    """A word for all processes that know each other by their numbers: of one start of one machine, and of one container."""
+    try:
+        name = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii") + str(
+            Path("/proc/self/ns/pid").readlink()
+        )
+    except OSError:  # another system than Linux
+        name = platform.node()
+    return hashlib.sha256(name.encode()).hexdigest()[:8]
+
+
+def sweep_unfinished(*folders: Path) -> None:
+    """Remove the files of some folders that nobody will finish. Unlike with `sweep`, others may be writing there.
+
+    Those are the files of processes of this machine that died; of other machines nothing is known, so that theirs are left for
+    a day.
+    """
+    for folder in folders:
+        for path in folder.glob(".*.writing"):
+            found = _UNFINISHED.search(path.name)
+            died = found is not None and found[1] == _machine() and _is_dead(int(found[2]))
+            with suppress(OSError):  # it is gone
+                if died or time.time() - path.stat().st_mtime > _DAY:
+                    path.unlink()
+
+
+def _is_dead(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # asks only
+    except ProcessLookupError:
+        return True
+    except OSError:  # another user's
+        pass
+    return False
 
 
 @contextmanager

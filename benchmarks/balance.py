@@ -38,7 +38,7 @@ def in_order(lengths: Lengths, num_processes: int) -> list[list[MicroBatch]]:
 
 def tokens(lengths: Lengths, part: Sequence[MicroBatch]) -> int:
     """Count the real tokens of one process's share."""
-    return sum(int(lengths[m.indices].sum()) for m in part if m.weight)
+    return sum(int(lengths[m.indices].sum()) for m in part if len(m.real))
 
 
 def positions(lengths: Lengths, part: Sequence[MicroBatch], *, packed: bool) -> int:
@@ -82,7 +82,7 @@ def print_passes(batches: Sequence[Lengths], divisions: Mapping[str, Division], 
     for name, divide in divisions.items():
         divided = [divide(batch) for batch in batches]
         passes = [micro_batch for parts in divided for part in parts for micro_batch in part]
-        fillers = sum(micro_batch.weight == 0 for micro_batch in passes) / len(passes)
+        fillers = sum(len(micro_batch.real) == 0 for micro_batch in passes) / len(passes)
         pairs = zip(batches, divided, strict=True)
         loads = [[positions(batch, part, packed=name in packed) for part in parts] for batch, parts in pairs]
         padding = 1 - sum(int(batch.sum()) for batch in batches) / sum(map(sum, loads))

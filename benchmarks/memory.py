@@ -90,7 +90,7 @@ def measure(case: Case, steps: int) -> dict[str, int]:
     import numpy as np
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    from accel_trainer import hardware, memory, train
+    from accel_trainer import hardware, memory, scoring, train
     from accel_trainer.data import Rows, Split
     from accel_trainer.inputs import Inputs
     from accel_trainer.recipe import Recipe, TokenizerTraining
@@ -149,7 +149,7 @@ def measure(case: Case, steps: int) -> dict[str, int]:
             costs = splits["train"].tokens.costs(packed=run.packed)[rows]
             batches.append([memory.Extent.of(costs[part.indices], packed=run.packed) for part in divided[0]])
             train.training_step(run, step)
-        train.logits_of(run, splits["validation"], StopRequest())
+        scoring.logits_of(run, splits["validation"], StopRequest())
         save(run)
         measured = resident("VmHWM") - before
     activations = max(needs.activations(part) for parts in batches for part in parts)

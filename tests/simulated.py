@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 
 from accel_trainer.errors import Interrupted
 from accel_trainer.inputs import Inputs
-from accel_trainer.run import continue_run, prepare
+from accel_trainer.resuming import continue_run
+from accel_trainer.run import prepare
 from accel_trainer.run_folder import RunFolder
 from accel_trainer.signals import StopRequest
 from accel_trainer.train import fit
@@ -46,6 +48,7 @@ class Rank:
     device = torch.device("cpu")
     scaler = None
     mixed_precision = "no"
+    distributed_type = DistributedType.MULTI_CPU
     trackers: list[Any] = []  # noqa: RUF012
 
     def __init__(self, group: Group, index: int) -> None:
@@ -80,7 +83,7 @@ class Rank:
 
     def reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor:
         assert reduction == "sum"
-        return torch.stack(self.group.exchange(self.process_index, tensor.clone())).sum(0)
+        return torch.stack(self.group.exchange(self.process_index, tensor.clone())).sum(0, dtype=tensor.dtype)
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         return torch.cat(self.group.exchange(self.process_index, tensor.clone()))

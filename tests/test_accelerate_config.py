@@ -151,9 +151,15 @@ def test_read_tells_all_mistakes_at_once(tmp_path: Path) -> None:
 
 # --- what passes is taken -----------------------------------------------------------------------------------------------
 
+SHARES = {
+    "fsdp_version": 2,
+    "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+    "fsdp_cpu_ram_efficient_loading": False,
+    "reshard_after_forward": False,
+}
 # By key: values that may pass, and values that never do.
 VALUES: dict[str, tuple[list[Any], list[Any]]] = {
-    "distributed_type": (["NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU", False], ["multi_gpu", None, 3]),
+    "distributed_type": (["NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU", "FSDP", False], ["multi_gpu", None, 3]),
     "mixed_precision": (["no", "bf16", "fp16", "FP16", None], [False, "half", 16]),
     "num_processes": ([1, 2, 3, 4], [0, -1, "2", None]),
     "num_machines": ([1, 2], [None, 0]),
@@ -164,7 +170,7 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "use_cpu": ([True, False], ["both"]),
     "dynamo_backend": (["no", "inductor", "EAGER"], [False, "fast"]),
     "dynamo_config": ([{"dynamo_backend": "eager"}, {}, None, {"mode": "default"}], ["eager", {"backend": "fast"}]),
-    "fsdp_config": ([{}, None], [{"fsdp_version": 2}]),
+    "fsdp_config": ([{}, None, SHARES], [{"fsdp_version": 3}]),
     "unknown": ([], [1]),
 }
 
@@ -173,6 +179,8 @@ def some_config(draw: Random) -> dict[str, Any]:
     """A few keys, of which none or one has a value that never passes."""
     asked = {"distributed_type", *draw.sample(sorted(VALUES), draw.randint(1, 6))}
     values = {name: draw.choice(VALUES[name][0]) for name in sorted(asked) if VALUES[name][0]}
+    if values["distributed_type"] == "FSDP" and draw.random() < 0.8:
+        values["fsdp_config"] = SHARES
     if draw.random() < 0.2:
         name = draw.choice(sorted(VALUES))
         values[name] = draw.choice(VALUES[name][1])
@@ -188,20 +196,20 @@ def start(path: Path) -> tuple[argparse.Namespace, dict[str, str]]:
     """What `accelerate launch` would start, and its environment; or whatever it raises."""
     arguments, _, _ = _validate_launch_command(parser().parse_args(["--config_file", str(path), "x.py"]))
     with patch.object(launch, "is_port_in_use", return_value=False):
-        if arguments.multi_gpu:
+        if arguments.multi_gpu or arguments.use_fsdp:
             return arguments, launch.prepare_multi_gpu_env(arguments)
         return arguments, launch.prepare_simple_launcher_cmd_env(arguments)[1]
 
 
 def test_what_passes_is_started_by_accelerate_as_it_says(tmp_path: Path) -> None:
     passed: dict[str, int] = {}
-    for seed in range(1_000):
+    for seed in range(1_500):
         path = write(tmp_path, yaml.safe_dump(some_config(Random(seed))))
         config, mistakes = examine(path)
         if not mistakes:
             check_start(path, config)
             passed[config.distributed_type] = passed.get(config.distributed_type, 0) + 1
-    assert passed.keys() == {"NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU"}
+    assert passed.keys() == {"NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU", "FSDP"}
     assert min(passed.values()) > 5
 
 
@@ -215,5 +223,6 @@ def check_start(path: Path, config: AccelerateConfig) -> None:
         os.environ.update(before)
     assert environment["ACCELERATE_MIXED_PRECISION"] == config.mixed_precision
     assert environment["ACCELERATE_DYNAMO_BACKEND"].lower() == config.dynamo_backend
-    started = int(arguments.nproc_per_node) * arguments.num_machines if arguments.multi_gpu else 1
+    assert (environment.get("ACCELERATE_USE_FSDP") == "true") is (config.distributed_type == "FSDP")
+    started = int(arguments.nproc_per_node) * arguments.num_machines if arguments.multi_gpu or arguments.use_fsdp else 1
     assert started == config.num_processes

@@ -37,7 +37,7 @@ divisions = pytest.mark.parametrize("divide", [divide_batch, divide_split])
 
 
 def real(micro_batches):
-    return [batch for batch in micro_batches if batch.weight]
+    return [batch for batch in micro_batches if len(batch.real)]
 
 
 def costs(lengths, micro_batches, packed):
@@ -81,7 +81,7 @@ def test_every_example_counts_once_whatever_the_machine(divide, packed, lengths,
     assert len(division) == processes
     used = [int(index) for part in division for batch in real(part) for index in batch.indices]
     assert sorted(used) == list(range(len(lengths)))
-    assert {batch.weight for part in division for batch in part} <= {0.0, 1.0}
+    assert all(batch.fillers in (0, 1) and batch.length is None for part in division for batch in part)
 
 
 @layouts
@@ -97,7 +97,7 @@ def test_every_process_makes_as_many_passes_as_the_busiest_needs(divide, packed,
 @given(LENGTHS, PROCESSES, BUDGETS)
 def test_a_filler_is_one_short_real_example_after_the_real_ones(divide, packed, lengths, processes, budget):
     for part in divide(lengths, processes, budget, packed=packed):
-        fillers = [batch for batch in part if not batch.weight]
+        fillers = [batch for batch in part if not len(batch.real)]
         assert part == real(part) + fillers
         for filler in fillers:
             assert filler.indices.shape == (1,)
@@ -119,7 +119,7 @@ def test_the_budget_holds(divide, packed, lengths, processes, budget):
 @given(LENGTHS, PROCESSES, BUDGETS)
 def test_every_process_computes_the_same_division(divide, packed, lengths, processes, budget):
     def plain(division):
-        return [[(batch.indices.tolist(), batch.weight) for batch in part] for part in division]
+        return [[(batch.indices.tolist(), batch.fillers) for batch in part] for part in division]
 
     before = lengths.copy()
     one = plain(divide(lengths, processes, budget, packed=packed))
@@ -285,9 +285,9 @@ def test_rows_of_equal_length_stay_in_order_whatever_numpy_sorts_with(divide, pa
 def test_more_processes_than_examples(divide, packed):
     division = divide(np.asarray([7, 3]), 5, 100, packed=packed)
     assert [len(part) for part in division] == [1] * 5
-    assert sorted(batch.weight for part in division for batch in part) == [0.0, 0.0, 0.0, 1.0, 1.0]
+    assert sorted(float(batch.weights[0]) for part in division for batch in part) == [0.0, 0.0, 0.0, 1.0, 1.0]
     assert sorted(int(i) for part in division for batch in real(part) for i in batch.indices) == [0, 1]
-    assert all(batch.indices.tolist() == [1] for part in division for batch in part if not batch.weight)
+    assert all(batch.indices.tolist() == [1] for part in division for batch in part if batch.fillers)
 
 
 @layouts
@@ -354,7 +354,10 @@ def test_padded_lengths_of_nothing(lengths, most):
 
 
 def test_a_micro_batch_counts_in_full_unless_said_otherwise():
-    assert MicroBatch(np.asarray([0])).weight == 1.0
+    whole, filled = MicroBatch(np.asarray([4, 2])), MicroBatch(np.asarray([4, 2, 2]), fillers=1)
+    assert whole.weights.tolist() == [1.0, 1.0]
+    assert filled.weights.tolist() == [1.0, 1.0, 0.0]
+    assert whole.real.tolist() == filled.real.tolist() == [4, 2]
 
 
 BERT_BASE = (16 * 110_000_000, 4 * 12 * (16 * 768 + 4 * 3072))

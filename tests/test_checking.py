@@ -430,9 +430,45 @@ def test_no_token_is_shown(folder: Path) -> None:
     assert token not in "".join(map(str, found))
 
 
+FSDP = """\
+distributed_type: FSDP
+num_processes: 2
+fsdp_config:
+  fsdp_version: 2
+  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
+  fsdp_cpu_ram_efficient_loading: false
+"""
 # Configs whose keys fit one by one and not together, or that depend on more lines than one.
 TOGETHER = [
-    ("distributed_type: FSDP\nnum_processes: 2\nuse_cpu: true\n", ["distributed_type", "use_cpu"]),
+    (f"{FSDP}use_cpu: true\n", ["use_cpu"]),
+    (FSDP, []),
+    (f"{FSDP}mixed_precision: bf16\n", []),
+    (f"{FSDP}mixed_precision: fp16\n", ["mixed_precision"]),
+    (f"{FSDP}fp16: true\n", ["fp16"]),
+    (f"{FSDP}dynamo_backend: inductor\n", ["dynamo_backend"]),
+    (f"{FSDP}dynamo_config: {{backend: inductor}}\n", ["dynamo_config"]),
+    (f"{FSDP}dynamo_config: {{backend: 'no'}}\n", []),
+    (f"{FSDP}gpu_ids: '0'\n", ["gpu_ids"]),
+    (f"{FSDP}parallelism_config: {{parallelism_config_dp_replicate_size: 2}}\n", ["parallelism_config"]),
+    ("distributed_type: FSDP\nnum_processes: 2\n", [f"fsdp_config.fsdp_{key}" for key in ("version", "auto_wrap_policy", "cpu_ram_efficient_loading")]),
+    ("distributed_type: FSDP\nnum_processes: 2\nfsdp_config: [2]\n", ["fsdp_config"]),
+    (FSDP.replace("version: 2", "version: 1"), ["fsdp_config.fsdp_version"]),
+    (FSDP.replace("version: 2", "version: 3"), ["fsdp_config.fsdp_version"]),
+    (FSDP.replace("fsdp_version: 2", "version: '2'"), []),
+    (FSDP.replace("fsdp_version: 2", "version: 1"), ["fsdp_config.version"]),
+    (FSDP.replace("_loading: false", "_loading: 'off'"), []),
+    (FSDP.replace("_loading: false", "_loading: 'on'"), ["fsdp_config.fsdp_cpu_ram_efficient_loading"]),
+    (FSDP.replace("TRANSFORMER", "SIZE"), ["fsdp_config.fsdp_auto_wrap_policy"]),
+    (f"{FSDP}  fsdp_offload_params: true\n", ["fsdp_config.fsdp_offload_params"]),
+    (f"{FSDP}  offload_params: 'yes'\n", ["fsdp_config.offload_params"]),
+    (f"{FSDP}  fsdp_activation_checkpointing: true\n", ["fsdp_config.fsdp_activation_checkpointing"]),
+    (f"{FSDP}  fsdp_activation_checkpointing_offload: true\n", ["fsdp_config.fsdp_activation_checkpointing_offload"]),
+    (f"{FSDP}  fsdp_ignored_modules: pooler\n", ["fsdp_config.fsdp_ignored_modules"]),
+    (f"{FSDP}  fsdp_transformer_layer_cls_to_wrap: BertLayer\n", ["fsdp_config.fsdp_transformer_layer_cls_to_wrap"]),
+    (f"{FSDP}  fsdp_reshard_after_forward: false\n", []),
+    (f"{FSDP}  fsdp_reshard_after_forward: FULL_SHARD\n", ["fsdp_config.fsdp_reshard_after_forward"]),
+    (f"{FSDP}  fsdp_state_dict_type: FULL_STATE_DICT\n", []),
+    (f"{FSDP}  fsdp_state_dict_type: LOCAL_STATE_DICT\n", ["fsdp_config.fsdp_state_dict_type"]),
     ("distributed_type: 'NO'\nuse_cpu: true\nmixed_precision: fp16\n", ["mixed_precision"]),
     ("distributed_type: 'NO'\nuse_cpu: true\nfp16: true\n", ["fp16"]),
     ("distributed_type: NO\nnum_processes: 1\n", []),
@@ -468,10 +504,21 @@ def test_more_processes_than_examples_names_both_places(folder: Path) -> None:
         "the recipe is another one"
     )
     assert find(RECIPE, config, "training.global_batch_size=16") == []
+
     (mistake,) = find(RECIPE, config, "training.global_batch_size=15")
     assert "(training.global_batch_size, command line)" in str(mistake)
     # Where the batch is none, nothing is known.
     assert {m.key for m in find(RECIPE, config, "training.global_batch_size=0")} == {"training.global_batch_size"}
+
+
+def test_adafactor_in_shares_names_both_places(folder: Path) -> None:
+    assert find(RECIPE, FSDP) == []
+    assert find(RECIPE, CONFIG, "training.optim=adafactor") == []
+    (mistake,) = find(RECIPE, FSDP, "training.optim=adafactor")
+    assert str(mistake) == (
+        "acc.yaml:1: distributed_type: adafactor (training.optim, command line) averages over rows and columns of "
+        "whole weights, of which FSDP leaves no process more than a share; use multi_gpu.yaml"
+    )
 
 
 def test_what_is_not_there_at_all(folder: Path) -> None:
@@ -631,6 +678,7 @@ def test_everything_that_can_be_reported_is_planted(folder: Path) -> None:
             find(RECIPE.replace(line, written) if line else RECIPE, CONFIG, override)
         for config, _ in TOGETHER:
             find(RECIPE, config)
+        test_adafactor_in_shares_names_both_places(folder)
         test_what_is_not_there_at_all(folder)
         test_folders_of_data(folder)
     finally:

@@ -175,7 +175,6 @@ class Drawing(nn.Module):
         super().__init__()
         self.linear = nn.Linear(1, 3)
         self.config = SimpleNamespace(_attn_implementation="eager")
-        self._no_split_modules = None
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
         hidden = nn.functional.dropout(input_ids.double().float().unsqueeze(-1), 0.5, self.training)

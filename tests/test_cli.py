@@ -123,7 +123,7 @@ def test_formulas_are_told_on_stderr(
     assert (tmp_path / "out.csv").read_text(encoding="utf-8").splitlines()[1].startswith(f"{written},positive,")
     assert said in done.err
     assert ("formula" in done.err) == bool(said)
-    assert "out.csv: 1 rows" in done.out
+    assert "out.csv: 1 row\n" in done.out
 
 
 @pytest.mark.parametrize(

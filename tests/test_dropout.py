@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from accel_trainer.classifier import Classifier
-from accel_trainer.dropout import LEVELS, ForwardPass, KeyedDropout, Site, drop, example_keys, install
+from accel_trainer.dropout import LEVELS, ForwardPass, KeyedDropout, Site, _shifted, drop, example_keys, install
 from accel_trainer.errors import UserError
 
 Numbers = npt.NDArray[np.float64]
@@ -786,3 +787,28 @@ def test_nothing_of_it_is_saved(family: str, tmp_path: Path) -> None:
     assert files == sorted(path.name for path in (tmp_path / "installed").iterdir())
     for name in files:
         assert (tmp_path / "stock" / name).read_bytes() == (tmp_path / "installed" / name).read_bytes()
+
+
+class Divided:
+    """Words on a device like XLA, whose shift is a division that rounds to zero."""
+
+    device = SimpleNamespace(type="xla")
+
+    def __init__(self, words: torch.Tensor) -> None:
+        self.words = words
+
+    def __and__(self, mask: int) -> Divided:
+        return Divided((self.words.to(torch.int32) & mask).double())
+
+    def __rshift__(self, by: int) -> torch.Tensor:
+        return self.words.div(2**by, rounding_mode="trunc").to(torch.int32)
+
+
+@pytest.mark.parametrize("by", [15, 16])
+def test_the_hash_is_the_same_where_a_shift_divides(by: int) -> None:
+    words = torch.tensor(
+        [-(2**31), -(2**31) + 1, -65537, -65536, -32769, -1, 0, 1, 65535, 2**31 - 1], dtype=torch.int32
+    )
+    expected = [(word % 2**32) >> by for word in words.tolist()]
+    assert _shifted(words, by).tolist() == expected
+    assert _shifted(Divided(words.double()), by).tolist() == expected  # type: ignore[arg-type]

@@ -10,6 +10,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from harness import FAMILIES, OneOfMany, alone_on_the_cpu
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from accel_trainer.batching import divide_split
@@ -111,8 +113,34 @@ def test_many_processes_give_every_row_once_and_in_order(
         logits = predict_logits(process, Recorder(), tokens, max_tokens, packed=packed)  # type: ignore[arg-type]
         np.testing.assert_array_equal(logits, expected_of(tokens))
     division = divide_split(tokens.costs(packed=packed), count, max_tokens, packed=packed)
-    fillers = sum(not m.weight for part in division for m in part)
+    fillers = sum(m.fillers for part in division for m in part)
     assert fillers or (count, max_tokens) != (15, 10_000)  # the case with idle processes is among them
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=40),
+    st.integers(1, 5),
+    st.sampled_from([1, 7, 60, 700, 10_000]),
+)
+def test_in_few_shapes_every_row_once_and_in_order(lengths: list[int], count: int, max_tokens: int) -> None:
+    rows = [[row + 1] * length for row, length in enumerate(lengths)]
+    tokens = Tokens({"input_ids": rows}, np.asarray(lengths), truncated=0, pad_token_id=0)
+    shapes = tokens.shapes(len(tokens), count, max_tokens)
+
+    def computed(index: int, gathered: torch.Tensor | None = None) -> tuple[OneOfMany, Recorder, np.ndarray]:
+        process, recorder = OneOfMany(index, count, gathered), Recorder()
+        logits = predict_logits(process, recorder, tokens, max_tokens, packed=False, shapes=shapes)  # type: ignore[arg-type]
+        return process, recorder, logits
+
+    done = [computed(index) for index in range(count)]
+    assert len({len(recorder.calls) for _, recorder, _ in done}) == 1, "a forward may be a collective"
+    assert len({process.sent[0].shape for process, _, _ in done}) == 1, "gather needs equal shapes"
+    places = {(rows, rows * length) for rows, length in shapes}
+    assert {call for _, recorder, _ in done for call in recorder.calls} <= places
+    gathered = torch.cat([process.sent[0] for process, _, _ in done])
+    for index in range(count):
+        np.testing.assert_array_equal(computed(index, gathered)[2], expected_of(tokens))
 
 
 @layouts

@@ -56,10 +56,11 @@ class Counting(Feed):
             self._ahead[1].result()
 
 
-def feed(packed: bool = True, processes: int = 1, process: int = 0) -> Counting:
+def feed(packed: bool = True, processes: int = 1, process: int = 0, few_shapes: bool = False) -> Counting:
     tokens = Tokens({"input_ids": TEXTS}, LENGTHS, truncated=0, pad_token_id=0)
     rows: Any = type("Rows", (), {"labels": LABELS, "__len__": lambda self: ROWS})()
-    return Counting(Split(rows, tokens), TRAINING, processes, process, packed=packed, device=torch.device("cpu"))
+    split, device = Split(rows, tokens), torch.device("cpu")
+    return Counting(split, TRAINING, processes, process, packed=packed, device=device, few_shapes=few_shapes)
 
 
 def rows_of(step: int) -> order.Rows:
@@ -194,10 +195,10 @@ def test_the_shares_are_the_global_batch(packed: bool, processes: int, max_token
     expected = [(tuple(TEXTS[row]), int(LABELS[row]), tuple(key)) for row, key in zip(rows, keys, strict=True)]
     found, fillers = [], []
     for loaded in [loaded for work in works for loaded in work.micro_batches]:
-        assert loaded.weight in (0.0, 1.0)
+        assert loaded.weights.tolist() in ([0.0], [1.0] * len(loaded.labels))
         assert loaded.labels.dtype == torch.int64
         parts = zip(texts(loaded), loaded.labels.tolist(), map(tuple, loaded.example_keys.tolist()), strict=True)
-        (found if loaded.weight else fillers).extend(parts)
+        (found if loaded.weights.all() else fillers).extend(parts)
     assert sorted(found) == sorted(expected)
     assert set(fillers) <= set(expected)  # real examples too
 
@@ -209,7 +210,7 @@ def test_the_numbers_are_those_of_the_whole_batch(packed: bool, processes: int, 
     """Counted here from the tensors of all processes; each of them knows them of all."""
     for step in (1, 6):
         works = [feed(packed, processes, process).work(step, max_tokens) for process in range(processes)]
-        real = [loaded for work in works for loaded in work.micro_batches if loaded.weight]
+        real = [loaded for work in works for loaded in work.micro_batches if loaded.weights.any()]
         lengths = LENGTHS[rows_of(step)]
         positions = sum(loaded.batch.inputs["input_ids"].numel() for loaded in real)
         assert positions == lengths.sum() if packed else positions >= lengths.sum()
@@ -221,6 +222,33 @@ def test_the_numbers_are_those_of_the_whole_batch(packed: bool, processes: int, 
             assert {type(number) for number in (work.examples, work.tokens, work.positions, work.padded_positions)} == {
                 int
             }  # JSON takes them
+
+
+@settings(max_examples=40)
+@given(ASKED, st.integers(1, 5))
+def test_in_few_shapes_it_is_the_global_batch_too(asked: tuple[int, int], processes: int) -> None:
+    """Fillers stand after the rows, inside a micro-batch, and all that is computed is counted."""
+    works = [feed(False, processes, process, few_shapes=True).work(*asked) for process in range(processes)]
+    rows, shapes = rows_of(asked[0]), feed(False, processes, few_shapes=True).shapes(asked[1])
+    found = []
+    for loaded in [loaded for work in works for loaded in work.micro_batches]:
+        weights, labels, keys = loaded.weights.tolist(), loaded.labels.tolist(), loaded.example_keys.tolist()
+        assert weights == sorted(weights, reverse=True)
+        assert tuple(loaded.batch.inputs["input_ids"].shape) in shapes
+        parts = zip(weights, texts(loaded), labels, map(tuple, keys), strict=True)
+        found += [part for weight, *part in parts if weight]
+    keys = dropout.example_keys(rows, seed=SEED, step=asked[0]).tolist()
+    expected = [[tuple(TEXTS[row]), int(LABELS[row]), tuple(key)] for row, key in zip(rows, keys, strict=True)]
+    assert sorted(found) == sorted(expected)
+    positions = sum(loaded.batch.num_positions for work in works for loaded in work.micro_batches)
+    assert {work.positions for work in works} == {positions}
+    assert len({len(work.micro_batches) for work in works}) == 1
+
+
+def test_some_of_them_are_filled() -> None:
+    """The last step of an epoch has fewer rows than the others."""
+    (loaded,) = feed(False, few_shapes=True).work(6, 4096).micro_batches
+    assert loaded.weights.tolist() == [1.0] * 5 + [0.0] * 3
 
 
 def test_on_a_device_it_is_the_same() -> None:
@@ -264,6 +292,7 @@ def slow(self, step, max_tokens):
     return work(self, step, max_tokens)
 
 Feed.work = slow
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have this ignored in the background
 for case in ("waiting", "computing"):  # two programs for the price of one start: the imports take seconds
     child = os.fork()
     if child == 0:

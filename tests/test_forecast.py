@@ -230,6 +230,20 @@ def test_seconds_grow_with_what_is_done(write_recipe: Callable[..., Path], monke
     assert unsaved.seconds.saving == 2 * weights / 1000.0
 
 
+def test_shares_take_less_memory_and_as_much_disk(write_recipe: Callable[..., Path], capsys: Any) -> None:
+    whole, shared = (
+        told(write_recipe(), config=replace(config(2), distributed_type=kind)) for kind in ("MULTI_GPU", "FSDP")
+    )
+    assert (whole.target.sharded, shared.target.sharded) == (False, True)
+    assert shared.needs.optimizer == whole.needs.optimizer // 2
+    assert shared.needs.gradients == whole.needs.gradients // 4  # without buckets
+    assert shared.disk.total == whole.disk.total
+    print_forecast(shared)
+    said = capsys.readouterr().out
+    assert "its share, and what is put together at once" in said
+    assert "buckets" not in said
+
+
 def test_warnings(write_recipe: Callable[..., Path], capsys: Any) -> None:
     quiet = told(write_recipe())
     assert quiet.warnings() == []

@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 import platform
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from accelerate.utils import DistributedType
-from harness import OneOfMany, alone_on_the_cpu
+from accelerate.utils import DistributedType, DynamoBackend
+from harness import alone_on_the_cpu
 
-from accel_trainer import hardware
+from accel_trainer import collectives, hardware
 from accel_trainer.accelerate_keys import REFUSED
-from accel_trainer.errors import DataError, HardwareError, ProcessLost, UserError
+from accel_trainer.errors import (
+    DataError,
+    HardwareError,
+    UserError,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -53,12 +56,64 @@ def test_ddp_does_not_broadcast_buffers() -> None:
     assert accelerator.step_scheduler_with_optimizer is False
 
 
-@pytest.mark.parametrize("kind", map(DistributedType, REFUSED))
+@pytest.mark.parametrize("kind", [*map(DistributedType, REFUSED)])
 def test_what_owns_the_step_is_refused(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = SimpleNamespace(num_processes=1, distributed_type=kind, log_with=[])
+    fake = SimpleNamespace(num_processes=1, distributed_type=kind, log_with=[], device=torch.device("cpu"))
     monkeypatch.setattr(hardware, "Accelerator", lambda **_: fake)
     with pytest.raises(HardwareError, match=rf"distributed_type {kind.value}: .*use multi_gpu"):
         hardware.start_accelerator()
+
+
+FSDP = {"VERSION": "2", "AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "RESHARD_AFTER_FORWARD": "true"}
+
+
+def sharding(**more: Any) -> Any:
+    """An Accelerator of FSDP, as far as it is looked at."""
+    state = SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=more.pop("backend", DynamoBackend.NO)))
+    known = {"num_processes": 1, "distributed_type": DistributedType.FSDP, "log_with": [], "state": state}
+    return SimpleNamespace(
+        **known, **{"device": torch.device("cuda"), "mixed_precision": "no", "parallelism_config": None, **more}
+    )
+
+
+@pytest.mark.parametrize(
+    ("said", "says"),
+    [
+        ({}, ""),
+        ({"CPU_RAM_EFFICIENT_LOADING": "false", "STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, ""),
+        ({"VERSION": "1"}, "fsdp_version 1: .*; write fsdp_version: 2"),
+        ({"VERSION": None}, "fsdp_version 1: "),
+        ({"AUTO_WRAP_POLICY": None}, "fsdp_auto_wrap_policy NO_WRAP: .*: TRANSFORMER_BASED_WRAP"),
+        ({"TRANSFORMER_CLS_TO_WRAP": "BertLayer"}, "BertLayer: .*; remove fsdp_transformer_layer_cls_to_wrap"),
+        ({"CPU_RAM_EFFICIENT_LOADING": "True"}, "fsdp_cpu_ram_efficient_loading True: .*: false"),
+        ({"OFFLOAD_PARAMS": "true"}, "fsdp_offload_params true: "),
+        ({"ACTIVATION_CHECKPOINTING": "true"}, "--gradient_checkpointing"),
+        ({"IGNORED_MODULES": "pooler"}, "remove fsdp_ignored_modules"),
+    ],
+)
+def test_settings_of_fsdp_are_held(said: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**FSDP, **said}.items():
+        if value is not None:
+            monkeypatch.setenv(f"FSDP_{name}", value)
+    monkeypatch.setattr(hardware, "Accelerator", lambda **_: sharding())
+    with pytest.raises(HardwareError, match=says) if says else nullcontext():
+        hardware.start_accelerator()
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"mixed_precision": "bf16"}, ""),
+        ({"mixed_precision": "fp16"}, "mixed_precision fp16 .*; use bf16"),
+        ({"backend": DynamoBackend.INDUCTOR}, "remove dynamo_config"),
+        ({"parallelism_config": object()}, "remove parallelism_config"),
+    ],
+)
+def test_what_was_not_tried_in_shares_is_refused(more: Any, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in FSDP.items():
+        monkeypatch.setenv(f"FSDP_{name}", value)
+    with pytest.raises(HardwareError, match=says) if says else nullcontext():
+        hardware.check_fsdp(sharding(**more))
 
 
 def test_a_config_that_accelerate_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,79 +126,29 @@ def test_a_config_that_accelerate_refuses(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(
-    ("restarts", "hosts", "place"),
-    [(None, 1, "env"), ("0", 1, "env"), ("1", 1, "restarted"), ("2", 1, "restarted"), ("1", 2, "env")],
+    ("error", "named"),
+    [
+        (RuntimeError("Gloo connectFullMesh failed with [/pytorch/gloo/pair.cc:152] timed out connecting"), True),
+        (torch.distributed.DistNetworkError("The client socket has timed out"), True),
+        (RuntimeError("something else"), False),
+    ],
 )
-def test_processes_that_are_started_again_meet_elsewhere(
-    monkeypatch: pytest.MonkeyPatch, restarts: str | None, hosts: int, place: str
+def test_processes_that_do_not_reach_each_other(
+    monkeypatch: pytest.MonkeyPatch, error: RuntimeError, named: bool
 ) -> None:
-    variables = {"WORLD_SIZE": str(2 * hosts), "LOCAL_WORLD_SIZE": "2"}
-    for name, value in {**variables, **({} if restarts is None else {"TORCHELASTIC_RESTART_COUNT": restarts})}.items():
-        monkeypatch.setenv(name, value)
-    assert hardware.meeting_place() == f"{place}://"
-    assert hardware.meeting_place() == f"{place}://"
+    def fails(**_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(hardware, "Accelerator", fails)
+    expected = "do not reach each other: .*(timed out).*export GLOO_SOCKET_IFNAME=eth0" if named else "something else"
+    with pytest.raises(HardwareError if named else RuntimeError, match=expected):
+        hardware.start_accelerator()
 
 
 @pytest.mark.parametrize("seconds", [0, -5])
 def test_a_time_out_is_positive(seconds: int) -> None:
     with pytest.raises(UserError, match=rf"--ddp_timeout {seconds}: give seconds, 1 or more"):
         hardware.start_accelerator(timeout=seconds)
-
-
-def test_processes_that_do_not_find_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    def alone(**_: Any) -> None:
-        raise torch.distributed.DistNetworkError("The client socket has timed out")
-
-    monkeypatch.setattr(hardware, "Accelerator", alone)
-    with pytest.raises(HardwareError, match="do not find each other: The client socket has timed out"):
-        hardware.start_accelerator()
-
-
-NCCL_SAYS = """NCCL error in: /pytorch/NCCLUtils.cpp:93, invalid usage (run with NCCL_DEBUG=WARN for details), NCCL version 2.28.9
-ncclInvalidUsage: This usually reflects invalid usage of NCCL library.
-Last error:
-Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 7000"""
-
-
-@pytest.mark.parametrize(
-    ("error", "named", "says"),
-    [
-        (
-            RuntimeError(
-                "[/x/gloo/transport/tcp/pair.cc:537] Read error [::1]:1: Connection reset by peer. This is typical"
-            ),
-            ProcessLost,
-            r"lost another one, .* \(Read error \[::1\]:1: Connection reset by peer\)\. The last checkpoint is kept: .*--resume",
-        ),
-        (
-            RuntimeError("Timed out waiting 4000ms for recv operation to complete"),
-            ProcessLost,
-            "Timed out waiting 4000ms",
-        ),
-        (torch.distributed.DistBackendError("watchdog"), ProcessLost, "watchdog"),
-        (
-            torch.distributed.DistBackendError(NCCL_SAYS),
-            HardwareError,
-            "talk to each other: Duplicate GPU detected : rank 1",
-        ),
-        (RuntimeError("could not load model 'igloo/bert'"), None, "igloo"),
-        (ValueError("NCCL"), None, "NCCL"),
-    ],
-)
-@pytest.mark.parametrize("count", [1, 2])
-def test_a_lost_process_has_one_name(error: Exception, named: type[Exception] | None, says: str, count: int) -> None:
-    expected = named if named is not None and count > 1 else type(error)
-    process: Any = OneOfMany(0, count)
-    with pytest.raises(expected, match=None if count == 1 else says) as caught, hardware.lost_processes_named(process):
-        raise error
-    assert (caught.value is error) == (expected is type(error))
-
-
-def test_a_file_that_cannot_be_had_is_a_mistake_of_all() -> None:
-    process: Any = OneOfMany(0, 1)
-    with pytest.raises(UserError, match="/none/here: No such file or directory") as caught, hardware.together(process):
-        Path("/none/here").read_text()
-    assert isinstance(caught.value.__cause__, OSError)
 
 
 def test_description_has_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,71 +184,44 @@ def test_versions_are_all_there() -> None:
     assert hardware._installed("no-such-package") is None
 
 
-def test_budget_is_the_users_or_the_devices() -> None:
-    accelerator = hardware.start_accelerator()
-    assert hardware.tokens_per_device(accelerator, (0, 1), 77) == 77
-    assert hardware.tokens_per_device(accelerator, (0, 1), None) == 4096
-    assert hardware.tokens_per_device(accelerator, (0, 1), 1) == 1
-    assert hardware.tokens_per_device(accelerator, (10**15, 1), None) == 512
-    for given in (0, -5):
-        with pytest.raises(UserError, match=rf"--max_tokens_per_device {given}: give a positive number"):
-            hardware.tokens_per_device(accelerator, (0, 1), given)
+@pytest.mark.parametrize(("everywhere", "here", "met"), [("1", None, 0), ("2", "2", 0), ("2", "1", 1), ("4", "2", 1)])
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_mistake_before_the_processes_meet_is_told_to_other_machines(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    everywhere: str,
+    here: str | None,
+    met: int,
+    rank: str,
+    lost: bool,
+) -> None:
+    times: list[int] = []
+    told: list[Any] = []
+    said_before: list[str] = []
 
+    def start(*, timeout: int) -> Any:
+        said_before.append(capsys.readouterr().err)  # nobody waits for the others to read it
+        times.append(timeout)
+        return SimpleNamespace(num_processes=2, process_index=int(rank))
 
-def others_say(monkeypatch: pytest.MonkeyPatch, *messages: str | None) -> Any:
-    """An accelerator with other processes, which say these messages after this one's."""
-    monkeypatch.setattr(hardware, "gather_object", lambda own: [*own, *messages])
-    return SimpleNamespace(num_processes=1 + len(messages))
+    def gather(own: Any) -> Any:
+        told.extend(own)
+        if lost:
+            raise RuntimeError("[/gloo/pair.cc:1] Connection closed by peer")
+        return [*own, None]
 
-
-def test_a_mistake_on_one_process_is_raised_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="theirs"), hardware.together(others_say(monkeypatch, None, "theirs")):
+    monkeypatch.setenv("WORLD_SIZE", everywhere)
+    monkeypatch.setenv("RANK", rank)
+    if here is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+    monkeypatch.setattr(hardware, "start_accelerator", start)
+    monkeypatch.setattr(collectives, "gather_object", gather)
+    with pytest.raises(DataError, match="no such file") as caught, hardware.told_to_other_machines(7):
+        raise DataError("no such file")
+    assert (times, told) == ([7] * met, ["no such file"] * met)
+    assert said_before == ["error: no such file\n" if rank == "0" else ""] * met
+    assert caught.value.is_told == (met == 1 and rank == "0")
+    with hardware.told_to_other_machines(7):
         pass
-    with pytest.raises(DataError, match="mine"), hardware.together(others_say(monkeypatch, "theirs")):
-        raise DataError("mine")
-    with hardware.together(others_say(monkeypatch, None)):
-        pass
-    with pytest.raises(DataError, match="alone"), hardware.together(others_say(monkeypatch)):
-        raise DataError("alone")
-
-
-@pytest.mark.parametrize("fails", [True, False])
-@pytest.mark.parametrize("first", [True, False])
-def test_the_first_process_goes_first_and_frees_the_others(first: bool, fails: bool) -> None:
-    events: list[str] = []
-    fake: Any = SimpleNamespace(is_local_main_process=first, wait_for_everyone=lambda: events.append("wait"))
-
-    def block() -> None:
-        with hardware.first_process_first(fake):
-            events.append("work")
-            if fails:
-                raise UserError("mistake")
-
-    if fails:
-        with pytest.raises(UserError):
-            block()
-    else:
-        block()
-    assert events == (["work", "wait"] if first else ["wait", "work"])
-
-
-@pytest.mark.parametrize("in_a_group", [False, True])
-def test_a_process_that_was_in_a_group_ends_without_freeing_it(in_a_group: bool) -> None:
-    """Gloo aborts some processes of those that free it at their very end (torch 2.13)."""
-    program = f"""
-import atexit, sys
-from accel_trainer import hardware
-
-class Group:
-    def __del__(self):
-        print("freed", flush=True)
-
-group = Group()
-if {in_a_group}:
-    hardware._GROUPS.append(group)
-atexit.register(print, "at exit", end="")  # not flushed
-hardware.end_process(75)
-"""
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert ended.returncode == 75, ended.stderr
-    assert ended.stdout == ("at exit" if in_a_group else "at exitfreed\n")
+    assert len(times) == met

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from harness import alone_on_the_cpu, write_recipe_in
 
+from accel_trainer import collectives
 from accel_trainer import inputs as module
 from accel_trainer.differences import differences
 from accel_trainer.errors import UserError
@@ -54,9 +55,9 @@ def test_the_config_is_mathematics(recipe: Recipe) -> None:
 @pytest.mark.parametrize("differs", ["weights", "config", "labels", None])
 def test_processes_compare_what_they_read(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, differs: str | None) -> None:
     """The other process reads what this one does, but for one thing."""
-    hashes: list[str] = []
-    monkeypatch.setattr(module, "gather_object", lambda own: (hashes.extend(own), list(hashes))[1])
+    first: list[Any] = []
     accelerator, read = start_accelerator(), read_inputs
+    monkeypatch.setattr(collectives, "from_main_process", lambda _, own: first.append(own) or own)
     read_inputs_together(accelerator, recipe)
 
     def other(*arguments: Any, **keywords: Any) -> Inputs:
@@ -70,12 +71,33 @@ def test_processes_compare_what_they_read(recipe: Recipe, monkeypatch: pytest.Mo
         return inputs
 
     monkeypatch.setattr(module, "read_inputs", other)
+    given = iter(first)
+    monkeypatch.setattr(collectives, "from_main_process", lambda *_: next(given))
     if differs is None:
         read_inputs_together(accelerator, recipe)
-        assert len(set(hashes)) == 1
+        assert next(given, None) is None
     else:
-        with pytest.raises(UserError, match="the processes read different data or made different initial weights"):
+        told = {
+            "weights": "initial weights: [0-9a-f]{12}… on process 0, 000000000000… on process 0",
+            "config": r"config\.layer_norm_eps: 1e-12 on process 0, 0\.5 on process 0",
+            "labels": r"labels: \[negative, positive\] on process 0, \[positive, negative\] on process 0",
+        }[differs]
+        with pytest.raises(UserError, match=rf"the processes read different data or made .*torch .*:\n  {told}$"):
             read_inputs_together(accelerator, recipe)
+
+
+def test_processes_compare_their_recipes_before_they_read(
+    tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files may lie elsewhere; a key that is no mathematics would let one evaluate alone."""
+    accelerator = start_accelerator()
+    other = load_recipe(write_recipe_in(tmp_path / "elsewhere", evaluation={"eval_strategy": "steps", "eval_steps": 7}))
+    monkeypatch.setattr(collectives, "from_main_process", lambda *_: module.without_places(other))
+    monkeypatch.setattr(module, "read_inputs", None)
+    said = r"given different recipes; give every machine the same one:\n.*  evaluation\.eval_steps: 7 on process 0, null on"
+    with pytest.raises(UserError, match=f"(?s){said}") as caught:
+        read_inputs_together(accelerator, recipe)
+    assert "dataset.path" not in str(caught.value)
 
 
 def test_a_tokenizer_larger_than_the_embeddings(tmp_path: Path) -> None:

@@ -139,6 +139,26 @@ def test_several_processes_hold_gradients_twice() -> None:
     assert two.weights == alone.weights
 
 
+def test_shares_are_divided_and_some_weights_are_whole() -> None:
+    classifier = classifier_of("bert", num_hidden_layers=4)
+    model = classifier.model
+    model.bert.embeddings.requires_grad_(False)
+    alone = training_needs(classifier, "adamw_torch", 128, packed=True)
+    four = training_needs(classifier, "adamw_torch", 128, packed=True, num_processes=4, sharded=True)
+    assert four.gradients == alone.gradients // 4
+    assert four.optimizer == alone.optimizer // 4
+    layer = sum(parameter.nbytes for parameter in model.bert.encoder.layer[0].parameters())
+    assert (
+        four.weights == alone.weights // 4 + alone.weights - 2 * layer
+    )  # of four layers two are never whole beside the rest
+    assert four.kept == alone.kept
+
+
+def test_without_layers_of_its_own_a_model_is_whole_at_once() -> None:
+    classifier = classifier_of("albert")
+    assert memory.whole_at_once(classifier) == sum(parameter.numel() for parameter in classifier.parameters())
+
+
 def test_half_precision_keeps_less_and_casts_the_weights() -> None:
     classifier = classifier_of("bert", intermediate_size=512)
     fixed, whole = kept_activations(classifier, 128, packed=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import io
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from support import reviews, write_csv
 from accel_trainer import predict
 from accel_trainer.errors import DataError, OutOfMemory, UserError
 from accel_trainer.predict import Predictor, evaluate_file, load_predictor, predict_file, predict_texts
+from accel_trainer.prediction_files import open_writer
 from accel_trainer.tracking import speak_on
 
 
@@ -169,6 +173,7 @@ def test_no_spreadsheet_runs_a_cell(
         assert {row[2] for row in found} <= {f"{mark}-no", f"{mark}=yes"}
         count = 1 + len(RUN) + len(found)
         assert said == "" if kept else f"{target}: {count} cells that a spreadsheet would run" in said
+        assert kept or "with an apostrophe, the first: the column name '=id';" in said
         return
     assert said == ""
     if suffix == ".jsonl":
@@ -188,6 +193,31 @@ def test_parquet_to_parquet(predictor: Predictor, many: list[dict[str, str]], tm
     found = table.to_pylist()
     assert [{"id": row["id"], "text": row["text"]} for row in found] == many
     check(found, expected(predictor, many))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_what_json_and_csv_have_no_cell_for(kind: str, tmp_path: Path) -> None:
+    """Numbers that are none, at any depth, and bytes."""
+    strange = {"v": float("nan"), "in": {"list": [1.5, float("-inf"), None], "n": 1}, "b": b"\xff\0", "deep": [b"a"]}
+    table, target = pyarrow.Table.from_pylist([strange]), tmp_path / f"out.{kind}"
+    with open_writer(target, ["bad", "good"], table.schema) as writer:
+        writer.write(table, ["good"], np.asarray([[0.25, 0.75]]))
+    if kind == "csv":
+        (row,) = csv.DictReader(io.StringIO(target.read_text()))
+        assert base64.b64decode(row["b"]) == b"\xff\0"
+        return
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    assert json.loads(target.read_text(), parse_constant=refuse) == {
+        "v": None,
+        "in": {"list": [1.5, None, None], "n": 1},
+        "b": base64.b64encode(b"\xff\0").decode(),
+        "deep": ["YQ=="],
+        "prediction": "good",
+        "probabilities": {"bad": 0.25, "good": 0.75},
+    }
 
 
 def test_labelled_again(predictor: Predictor, many: list[dict[str, str]], tmp_path: Path) -> None:
@@ -248,9 +278,20 @@ def test_a_target_that_cannot_be(predictor: Predictor, tmp_path: Path) -> None:
 
 def test_a_missing_column(predictor: Predictor, tmp_path: Path) -> None:
     source = write_csv(tmp_path / "in.csv", reviews(3), ("review", "stars"))
-    with pytest.raises(DataError, match=r"in\.csv has no column 'text'; .*--text_column: review, stars"):
+    with pytest.raises(DataError, match=r"in\.csv has no column 'text'; it has: review, stars; name .*--text_column"):
         predict_file(predictor, source, tmp_path / "out.csv", None)
     assert predict_file(predictor, source, tmp_path / "out.csv", "review") == 3
+
+
+def test_no_recipe_key_is_named_for_an_encoding(predictor: Predictor, tmp_path: Path) -> None:
+    source = tmp_path / "in.csv"
+    source.write_text("text,label\ngood,yes\n", encoding="utf-16")
+    for use in (
+        lambda: predict_file(predictor, source, tmp_path / "out.csv", None),
+        lambda: evaluate_file(predictor, source),
+    ):
+        with pytest.raises(DataError, match=r"begins like UTF-16, not UTF-8; convert the file to UTF-8$"):
+            use()
 
 
 @pytest.mark.parametrize("cell", [None, 3])
@@ -321,6 +362,28 @@ def test_no_model(tmp_path: Path) -> None:
     (tmp_path / "status.json").write_text("{}")
     with pytest.raises(UserError, match="the run has no model yet"):
         load_predictor(str(tmp_path))
+
+
+def test_two_labels_of_one_name(run: Outcome, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(run.folder / "model", model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "id2label": {"0": "yes", "1": "yes"}}))
+    with pytest.raises(UserError, match=r"model: two labels are named 'yes'; give each a name in `id2label`"):
+        load_predictor(str(model))
+
+
+def test_the_output_is_named_in_any_script_on_any_stream(
+    run: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_csv(tmp_path / "in.csv", [["good", 1]], ["text", "n"])
+    said = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(said, encoding="ascii"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with alone_on_the_cpu(tmp_path / "cache"):
+        assert predict.main([str(run.folder), "--input", str(source), "--output=~/面"]) == 0
+    assert (tmp_path / "面/in/part-00000.parquet").exists()
+    assert said.getvalue().endswith(rb"/\u9762: 1 row" + b"\n")
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "parquet"])

@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +197,50 @@ def test_a_resumed_run_waits_for_one_that_is_ending(folder: RunFolder) -> None:
     first.join()
 
 
+@pytest.mark.parametrize("variable", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+@pytest.mark.parametrize("count", ["0", "1", None])
+def test_one_that_is_started_again_waits_for_a_machine_that_died(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, variable: str, count: str | None
+) -> None:
+    waited: list[float] = []
+
+    @contextmanager
+    def locked(patience: float) -> Iterator[None]:
+        waited.append(patience)
+        folder.path.mkdir(exist_ok=True)
+        yield
+
+    if count is not None:
+        monkeypatch.setenv(variable, count)
+    monkeypatch.setattr(folder, "locked", locked)
+    open_and_close(folder, resume=True)
+    open_and_close(folder, resume=False)
+    assert waited == [120.0 if count == "1" else 10.0, 0.0]
+
+
+def test_a_launch_that_stood_still_touches_nothing_of_the_one_that_took_over(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the file server takes the lock from a machine that is paused, which then goes on."""
+    monkeypatch.setattr(RunFolder, "locked", lambda *arguments: nullcontext())
+    folder.path.mkdir()
+    later = RunFolder(folder.path)
+    with opened(folder, resume=True):
+        folder.set_status("running", 4)
+        with opened(later, resume=True):
+            later.set_status("running", 500)
+            later.append_metrics({"step": 500})
+            for touch in (folder.check_held, lambda: folder.append_metrics({"step": 5})):
+                with pytest.raises(TrainingFailed, match="another launch has taken the run over"):
+                    touch()
+            folder.set_status("failed", 4, 1, "woke up, and the others are gone")
+        assert later.status()["step"] == 500
+        folder.set_status("failed", 4, 1, "even after that one's end")
+    assert later.status()["step"] == 500
+    assert [json.loads(line) for line in folder.metrics.read_text().splitlines()] == [{"step": 500}]
+    assert not list(folder.path.glob(".launch"))
+
+
 def test_what_killed_processes_left_is_swept(folder: RunFolder) -> None:
     for place in (folder.path, folder.checkpoints, folder.predictions):
         (place / ".checkpoint-4.writing").mkdir(parents=True)
@@ -276,6 +322,31 @@ def test_only_the_main_process_writes_status(folder: RunFolder) -> None:
     with watched(folder, is_main_process=False):
         pass
     assert not folder.path.exists()
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_a_process_that_does_not_share_the_folder_neither_reads_nor_writes_it(
+    folder: RunFolder, is_shared: bool
+) -> None:
+    folder.is_shared = is_shared
+    folder.set_status("running", 4)  # of an earlier launch, where this machine was the first
+    with pytest.raises(TrainingFailed), watched(folder, is_main_process=False) as watch:
+        assert watch.steps_done() == (4 if is_shared else 0)
+        raise TrainingFailed("nan")
+    assert folder.status()["state"] == ("failed" if is_shared else "running")
+
+
+def test_a_mark_is_seen_while_it_lasts_and_swept_when_it_is_left(folder: RunFolder) -> None:
+    folder.path.mkdir()
+    with folder.marked("abc"):
+        assert folder.sees("abc")
+        assert not RunFolder(folder.path.parent / "another").sees("abc")
+        assert not folder.sees("abd")
+        left = [path.name for path in folder.path.iterdir()]
+    assert not folder.sees("abc")
+    (folder.path / left[0]).touch()
+    open_and_close(folder, resume=True)
+    assert [path.name for path in folder.path.iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize("end", [end for end in ENDS if end not in ("done", "interrupted")])

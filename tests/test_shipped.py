@@ -17,6 +17,7 @@ import datasets
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from harness import FAMILIES, ROOT, run_trainer
 from support import reviews, write_csv
 
@@ -117,7 +118,10 @@ def test_the_lists_are_complete() -> None:
     assert {recipe.model.checkpoint for recipe in recipes} == {*CHECKPOINTS, None}
     assert set(CHECKPOINTS.values()) == set(FAMILIES)
     assert {published(recipe) for recipe in recipes} == {*PUBLISHED, None}
-    assert {path.stem for path in CONFIGS} == {"cpu", "multi_cpu", "single_gpu", "multi_gpu"}
+    assert {path.stem for path in CONFIGS} == {
+        *("cpu", "multi_cpu", "multi_cpu_multi_node"),
+        *("single_gpu", "multi_gpu", "multi_node", "mps", "tpu", "fsdp"),
+    }
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -149,10 +153,30 @@ def test_editors_find_the_schema_in_a_checkout_and_in_a_wheel(tmp_path: Path) ->
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_accelerate_takes_the_config_and_the_comment_says_how(path: Path) -> None:
-    load_config_from_file(str(path))  # raises on an unknown key
     text = path.read_text(encoding="utf-8")
-    assert f"--config_file accelerate_configs/{path.name}" in text
-    assert "mixed_precision" in yaml.safe_load(text)
+    said = load_config_from_file(str(path)).to_dict()  # raises on an unknown key
+    for key, value in yaml.safe_load(text).items():
+        assert said[key] == value, key
+    comments = [line.removeprefix("# ") for line in text.splitlines() if line.startswith("#")]
+    assert comments[0].endswith((".", ":"))  # when to use it
+    assert any(line.startswith("Edit: ") for line in comments)
+    # The command is one that Accelerate's launcher reads, once its places are filled.
+    (command,) = re.findall(r"accelerate launch (--config_file .* RECIPE)", " ".join(comments).replace("\\ ", " "))
+    words = re.sub(r"\bN\b", "1", command).replace("ADDRESS", "10.0.0.1").split()
+    launch = launch_command_parser().parse_args(words)
+    assert Path(launch.config_file) == path.relative_to(ROOT)
+    assert (launch.module, launch.training_script, launch.training_script_args) == (
+        True,
+        "accel_trainer.train",
+        ["RECIPE"],
+    )
+
+
+def test_the_page_of_hardware_has_a_row_for_every_config() -> None:
+    page = (ROOT / "docs" / "hardware.md").read_text(encoding="utf-8")
+    rows = [line.split("|") for line in page.partition("| config |")[2].partition("\n\n")[0].splitlines()[2:]]
+    assert sorted(row[1].strip(" `") for row in rows) == [path.name for path in CONFIGS]
+    assert all(re.search(r"20\d\d-\d\d-\d\d|not run", row[-2]) for row in rows)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -34,7 +34,7 @@ from harness import (
 from safetensors.torch import load_file
 from support import reviews, write_csv
 
-from accel_trainer import dropout, order
+from accel_trainer import dropout, finishing, opening, order, scoring
 from accel_trainer.classifier import Classifier
 
 FIVE_STEPS = {"global_batch_size": 16, "max_steps": 5, "num_train_epochs": None}
@@ -661,9 +661,8 @@ def test_a_storm_of_signals_while_saving(place: Path, whole: Outcome, monkeypatc
 @contextmanager
 def signal_in_evaluation(number: int) -> Iterator[list[int]]:
     """SIGTERM before the second micro-batch of the evaluation of that number, counted from 1; yields those that ended."""
-    from accel_trainer import train
 
-    predict, begun, ended = train.predict_logits, itertools.count(1), list[int]()
+    predict, begun, ended = scoring.predict_logits, itertools.count(1), list[int]()
 
     def predicted(*arguments: Any, between: Callable[[], None], **keywords: Any) -> Any:
         evaluation, micro_batches = next(begun), itertools.count(1)
@@ -678,7 +677,7 @@ def signal_in_evaluation(number: int) -> Iterator[list[int]]:
         return logits
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "predict_logits", predicted)
+        patch.setattr(scoring, "predict_logits", predicted)
         yield ended
 
 
@@ -748,16 +747,15 @@ def test_a_signal_while_saving_at_a_moment_of_the_plan_stops_there(
 
 
 def test_a_signal_after_everything_is_computed_ends_well(place: Path, whole: Outcome, monkeypatch: Any) -> None:
-    from accel_trainer import train
 
-    write = train.write_model
+    write = finishing.write_model
 
     def signalled(*arguments: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         write(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "write_model", signalled)
+        patch.setattr(finishing, "write_model", signalled)
         outcome = run_trainer(place / "whole.yaml", place / "signalled-late")
     assert outcome.code == 0, outcome.err
     assert outcome.json("status.json")["state"] == "done"
@@ -1009,7 +1007,7 @@ def half_precision(power: int, overflowing: Callable[[int], bool]) -> Iterator[l
 
     start, prepare, losses_of, step_of = (
         hardware.start_accelerator,
-        train.prepare,
+        opening.prepare,
         train.example_losses,
         train.training_step,
     )
@@ -1053,7 +1051,7 @@ def half_precision(power: int, overflowing: Callable[[int], bool]) -> Iterator[l
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hardware, "start_accelerator", started)
-        patch.setattr(train, "prepare", prepared)
+        patch.setattr(opening, "prepare", prepared)
         patch.setattr(train, "training_step", attempted)
         patch.setattr(train, "example_losses", losses)
         yield attempts

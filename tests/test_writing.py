@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import resource
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -17,7 +20,17 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from accel_trainer.errors import RunFolderError
-from accel_trainer.writing import MANIFEST, committed, damage, remove, replaced, restore_interrupted, sweep
+from accel_trainer.writing import (
+    MANIFEST,
+    committed,
+    created,
+    damage,
+    remove,
+    replaced,
+    restore_interrupted,
+    sweep,
+    sweep_unfinished,
+)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -158,9 +171,9 @@ def test_files_reach_the_disk_before_the_name(tmp_path: Path, events: list[str])
 
 def test_a_file_reaches_the_disk_before_its_name(tmp_path: Path, events: list[str]) -> None:
     """And so do the folders that had to be made for it."""
-    with replaced(tmp_path / "one" / "two" / "x.txt") as writing:
-        writing.write_text("x")
-    assert events == [tmp_path.name, "one", f".x.txt.{os.getpid()}.writing", "replace", "two"]
+    with replaced(tmp_path / "one" / "two" / "x.txt") as temporary:
+        temporary.write_text("x")
+    assert events == [tmp_path.name, "one", temporary.name, "replace", "two"]
 
 
 @pytest.mark.parametrize(("number", "told"), [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)])
@@ -387,6 +400,73 @@ def test_an_exception_leaves_the_old_file(tmp_path: Path, error: BaseException, 
     with pytest.raises(type(error)):
         interrupted()
     assert contents(tmp_path) == {"x.txt": b"old"}
+
+
+def test_two_that_write_one_file_are_not_in_each_others_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one number too, as the first processes of two containers have."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    final = tmp_path / "x.txt"
+    with replaced(final) as one:
+        one.write_text("one")
+        with replaced(final) as other:
+            other.write_text("other")
+        assert final.read_text() == "other"
+        assert one.read_text() == "one"
+    assert contents(tmp_path) == {"x.txt": b"one"}
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_of_all_who_make_a_file_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    """And nobody sees it before it is whole, where the file system has hard links."""
+    if not links:
+        monkeypatch.setattr(os, "link", refused)
+    final = tmp_path / "deep" / "x.txt"
+    with created(final) as first:
+        first.write_text("first")
+        assert not final.exists()
+
+    def again() -> None:
+        with created(final) as second:
+            second.write_text("second")
+
+    with pytest.raises(FileExistsError):
+        again()
+    assert contents(tmp_path) == {"deep/x.txt": b"first"}
+    with pytest.raises(KeyboardInterrupt), created(tmp_path / "y.txt"):
+        raise KeyboardInterrupt
+    assert contents(tmp_path) == {"deep/x.txt": b"first"}
+
+
+def refused(*_: Any) -> None:
+    raise OSError(errno.EPERM, "Operation not permitted")
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from accel_trainer.writing import replaced
+with replaced(Path(sys.argv[1])) as writing:
+    writing.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_only_what_nobody_writes_is_swept_where_others_may_be_writing(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "x")], check=False)
+    (left,) = tmp_path.iterdir()
+    assert re.fullmatch(r"\.x\.[0-9a-f]{8}-[0-9]+-[0-9a-f]{8}\.writing", left.name)
+    foreign = f".x.00000000{left.name[11:]}"  # of another machine, where that process may live
+    (tmp_path / foreign).touch()
+    for name in (".old.txt.7.writing", ".new.txt.7.writing", "notes.writing"):
+        (tmp_path / name).touch()
+    for name in (".old.txt.7.writing", "notes.writing"):
+        os.utime(tmp_path / name, (1, 1))
+    with replaced(tmp_path / "alive") as writing:
+        writing.write_text("whole")
+        sweep_unfinished(tmp_path, tmp_path / "none")
+        names = {path.name for path in tmp_path.iterdir()}
+        assert names == {foreign, ".new.txt.7.writing", "notes.writing", writing.name}
+    assert (tmp_path / "alive").read_text() == "whole"
 
 
 def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:

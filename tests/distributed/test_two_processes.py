@@ -57,11 +57,13 @@ def launch(command: list[str], place: Path, recipe: str, name: str, *arguments: 
 
 
 def check_equal(two: Outcome, one: Outcome) -> None:
+    """Of 50 steps, evaluations and predictions. Prints the largest differences, which `pytest -rP` shows."""
     assert [line["step"] for line in two.lines] == [line["step"] for line in one.lines]
     assert len(one.losses) == 50
     for key, tolerance in (("loss", 2e-6), ("grad_norm", 2e-5), ("learning_rate", 0), ("tokens", 0)):
         found, expected = [[line[key] for line in run.steps] for run in (two, one)]
         np.testing.assert_allclose(found, expected, rtol=tolerance, atol=0)
+        print(f"{key}: largest relative difference in 50 steps {np.max(np.abs(np.divide(found, expected) - 1)):.1e}")
     for found, expected in zip(two.evaluations, one.evaluations, strict=True):
         assert found == pytest.approx(expected, abs=1e-5)
     for split in ("validation", "test"):
@@ -73,6 +75,9 @@ def check_equal(two: Outcome, one: Outcome) -> None:
             for run in (two, one)
         ]
         assert [row["text"] for row in rows[0]] == [row["text"] for row in rows[1]]
+        found, expected = [np.array([[*row["probabilities"].values()] for row in run]) for run in rows]
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+        print(f"probabilities of {split}: largest difference {np.max(np.abs(found - expected)):.1e}")
     for key in ("steps", "examples", "tokens", "best_step"):
         assert two.json("results.json")["train"][key] == one.json("results.json")["train"][key]
 

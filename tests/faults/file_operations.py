@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from accel_trainer import checkpoint, run
+from accel_trainer import checkpoint, resuming, run
 from accel_trainer.checkpoint import checkpoints, flaw, load_checkpoint, newest_sound, rotate, save_checkpoint
 from accel_trainer.run import TrainerState
 from accel_trainer.run_folder import RunFolder, write_json
@@ -189,7 +189,7 @@ def start(folder: RunFolder) -> int:
         assert flaw(path) is None, "half written or half deleted, and still named as a checkpoint"
     newest, _ = newest_sound(folder.checkpoints)
     state = TrainerState() if newest is None else TrainerState(**load_checkpoint(newest)[2]["state"])
-    run.settle_best(fake_run(folder, state))
+    resuming.settle_best(fake_run(folder, state))
     assert list(folder.path.rglob(".*")) == []
     return state.step
 

@@ -9,14 +9,13 @@ POISON=RANK:STEP: on that process the loss of that step, counted from 1, is no n
 from __future__ import annotations
 
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from accelerate.tracking import TensorBoardTracker
 
-from accel_trainer import checkpoint, train
+from accel_trainer import checkpoint, collectives, scoring, train
 from accel_trainer.signals import ignore_stop_signals
 
 SLOW = os.environ.get("SLOW", "")
@@ -63,14 +62,14 @@ def slow_close(tracker: Any) -> None:
     reached("closed")
 
 
-predict_logits, save_file = train.predict_logits, checkpoint.save_file
+predict_logits, save_file = scoring.predict_logits, checkpoint.save_file
 training_step, add_gradients = train.training_step, train.add_gradients
 if "POISON" in os.environ:
     train.add_gradients = poisoned
 if SLOW == "steps":
     train.training_step = slow_step
 elif SLOW == "evaluation":
-    train.predict_logits = slow_evaluation
+    scoring.predict_logits = slow_evaluation
 elif SLOW == "saving":
     checkpoint.save_file = slow_save
 elif SLOW == "closing":
@@ -79,4 +78,4 @@ elif SLOW == "closing":
 
 if __name__ == "__main__":
     ignore_stop_signals()
-    sys.exit(train.main())
+    collectives.end_process(train.main())

@@ -28,15 +28,16 @@ from harness import ROOT, Outcome, alone_on_the_cpu, run_trainer, start, user_en
 from simulated import Rank, run_ranks
 from torch import Tensor
 
-from accel_trainer import hardware, train
+from accel_trainer import collectives, device_memory, train
 from accel_trainer.classifier import Classifier
+from accel_trainer.device_memory import out_of_memory_named
 from accel_trainer.errors import OutOfMemory
 from accel_trainer.evaluation import predict_logits
 from accel_trainer.feed import Feed
-from accel_trainer.hardware import out_of_memory_named
 from accel_trainer.inputs import Inputs, read_inputs
 from accel_trainer.recipe_file import load_recipe
-from accel_trainer.run import continue_run, prepare
+from accel_trainer.resuming import continue_run
+from accel_trainer.run import prepare
 from accel_trainer.run_folder import RunFolder, opened
 from accel_trainer.signals import StopRequest
 
@@ -554,7 +555,7 @@ def test_two_wishes_at_once(tmp_path: Path) -> None:
 
 def main() -> int:
     """The program on devices of the memory that the environment describes, with a derived budget of 64 tokens."""
-    hardware.token_budget = lambda *_: 64  # type: ignore[assignment]
+    device_memory.token_budget = lambda *_: 64  # type: ignore[assignment]
     with contextlib.ExitStack() as stack:
         for described in json.loads(os.environ["MEMORY"]):
             stack.enter_context(
@@ -625,4 +626,4 @@ def test_whoever_watches_is_told_what_happened(launches: list[tuple[Outcome, dic
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    collectives.end_process(main())

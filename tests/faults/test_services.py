@@ -152,7 +152,7 @@ def test_planted_secrets_reach_nothing(
     def talkative(*_: Any, **__: Any) -> None:
         logging.getLogger("accel_trainer").info("using %s and %s", HUB_TOKEN, PASSWORD)
 
-    monkeypatch.setattr("accel_trainer.train.quieten_libraries", talkative)
+    monkeypatch.setattr("accel_trainer.opening.quieten_libraries", talkative)
     outcome = run_trainer(place / "tiny.yaml", tmp_path / "run")
     assert outcome.code == 0, outcome.err
     assert "using *** and ***" in outcome.err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from typing import Any, Self
 import torch
 from accelerate import Accelerator
 
-from accel_trainer.errors import Interrupted
+from accel_trainer.errors import AccelTrainerError, Interrupted
 
 AGREEMENT = 1.0  # seconds between two times that the processes ask each other; a scheduler's grace is 30 or more
 LONGEST = 100  # calls between two such times
@@ -62,11 +63,13 @@ def interrupted_by_signals(*, resumable: bool = True) -> Iterator[None]:
     """Turn the stop signals into `Interrupted` while the block lasts.
 
     Raises:
-        Interrupted: wherever the block is when the signal comes.
+        Interrupted: wherever the block is when the signal comes, unless it is ending with an error of its own: that is to
+            be told, though a launcher stops all processes as soon as one has ended with it.
     """
 
     def interrupt(_number: int, _frame: object) -> None:
-        raise StopSignal
+        if not isinstance(sys.exception(), AccelTrainerError):
+            raise StopSignal
 
     try:
         with handling(interrupt):

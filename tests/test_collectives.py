@@ -49,10 +49,11 @@ def test_values_travel_as_text_on_tpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_processes_that_torch_xla_starts_know_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """They have no WORLD_SIZE."""
+    for name in xla.BF16:
+        monkeypatch.delenv(name, raising=False)  # and put back what is set here
     device = torch.device("xla")
-    accelerator = SimpleNamespace(
-        distributed_type=DistributedType.XLA, num_processes=8, log_with=[], device=device, mixed_precision="no"
-    )
+    known = {"log_with": [], "device": device, "mixed_precision": "no", "native_amp": False}
+    accelerator = SimpleNamespace(distributed_type=DistributedType.XLA, num_processes=8, **known)
     monkeypatch.setattr(hardware, "Accelerator", lambda **_: accelerator)
     assert hardware.start_accelerator() is accelerator
 

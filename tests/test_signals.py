@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from harness import OneOfMany
 from simulated import Rank, run_ranks
 
 from accel_trainer import signals
-from accel_trainer.errors import Interrupted
+from accel_trainer.errors import Interrupted, UserError
 from accel_trainer.signals import StopRequest, StopSignal, interrupted_by_signals
 
 ALONE: Any = OneOfMany(0, 1)
@@ -347,3 +348,25 @@ def test_clocks_that_differ_make_no_process_agree_alone(monkeypatch: pytest.Monk
     (stopped,) = told[0]
     assert taken[0][-1] == stopped
     assert 330 <= stopped < 430
+
+
+def test_an_error_on_its_way_is_not_lost_to_a_signal() -> None:
+    """As on the first process, whose launcher stops it while it tidies up, because another one has ended already."""
+
+    @contextmanager
+    def tidying() -> Iterator[None]:
+        try:
+            yield
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def block(error: Exception | None) -> None:
+        with interrupted_by_signals(), tidying():
+            if error is not None:
+                raise error
+
+    with pytest.raises(UserError, match="no space"):
+        block(UserError("no space"))
+    for other in (None, ValueError("of a library, which may be handled")):
+        with pytest.raises(Interrupted):
+            block(other)

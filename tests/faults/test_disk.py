@@ -88,7 +88,7 @@ def test_a_full_disk_ends_both_processes_with_one_message(place: Path, disk: Pat
     with Launched(launcher(2), place, "tiny.yaml", str(disk / "run")) as run:
         outcome = run.ended()
     assert outcome.code == 1
-    assert outcome.err.count("No space left on device") == 1
+    assert outcome.err.count("No space left on device") == 1, outcome.err
     assert "accel_trainer/" not in outcome.err
     assert check_kept(disk / "run") > 0
     path, complaints = newest_sound(disk / "run" / "checkpoints")

@@ -514,7 +514,7 @@ def test_what_may_change_must_exist(place: Path, whole: Outcome) -> None:
     assert "--allow_changed training.learning_rat: there is no such key" in outcome.err
 
 
-def test_a_checkpoint_that_is_none(place: Path) -> None:
+def test_a_checkpoint_that_is_none(place: Path, whole: Outcome) -> None:
     outcome = run_trainer(place / "whole.yaml", place / "none", "--resume_from_checkpoint", str(place / "nowhere"))
     assert outcome.code == 2
     assert "nowhere: there is no such folder" in outcome.err
@@ -628,7 +628,7 @@ def test_a_signal_saves_and_stops(place: Path, whole: Outcome, number: signal.Si
     assert same_weights(resumed, whole)
 
 
-def test_a_signal_saves_even_where_nothing_else_does(place: Path) -> None:
+def test_a_signal_saves_even_where_nothing_else_does(place: Path, whole: Outcome) -> None:
     with signal_at(2, signal.SIGTERM):
         outcome = run_trainer(place / "whole.yaml", place / "stopped-unsaved", "saving.save_strategy=no")
     assert outcome.code == 75

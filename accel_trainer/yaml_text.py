@@ -227,8 +227,10 @@ class _Dumper(yaml.SafeDumper):
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     # PyYAML quotes what its own YAML 1.1 would misread; other readers of 1.1 take y and n for booleans too.
     misread = not isinstance(read_scalar(text), str) or text.lower() in ("y", "n")
-    # A next-line character it would write as it is, to be read back as a space; double quotes make it an escape.
-    style = '"' if "\x85" in text else "'" if misread else None
+    # Double quotes make an escape of a line's end. Without them some are read back as a space, and others take several lines,
+    # the first of which a comment that is kept beside a value would run into.
+    broken = any(end in text for end in "\r\n\x85\u2028\u2029")
+    style = '"' if broken else "'" if misread else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 

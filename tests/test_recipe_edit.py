@@ -145,6 +145,7 @@ def changed(values: dict[str, Any], changes: dict[Keys, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("name", TEXTS)
 @settings(max_examples=30)
 @given(changes=changes)
+@example(changes={("dataset", "labels"): ["\n"]})
 def test_exactly_the_changes_are_made(name: str, changes: dict[Keys, Any]) -> None:
     text = TEXTS[name]
     wanted = changed(values_of(text), changes)
